@@ -1,0 +1,56 @@
+# Each target sets up what it needs; a second call starts work at once.
+#   make quickstart ARGS="trainer.seed=7"    make test PYTHON=python3.12
+#   PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu" spares a CPU-only machine the CUDA libraries
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+PIP_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint assets clean
+
+help:
+	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
+	@echo "make test         the tests; make test-slow: the long ones"
+	@echo "make lint         ruff and mypy"
+	@echo "make assets       train the shipped networks again: runs/assets"
+	@echo "make clean        remove what builds and tests leave behind"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "PYTHON must be Python 3.10 or later, got $$($(PYTHON) --version 2>&1). Set it: make PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+		{ echo "$(PYTHON) lacks ensurepip and venv. Run: apt-get install python3-venv" >&2; exit 2; }
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[dev]"
+	@touch $@
+
+quickstart: $(STAMP)
+	@if [ -e runs/quickstart ]; then \
+		n=1; while [ -e runs/quickstart.$$n ]; do n=$$((n + 1)); done; \
+		mv runs/quickstart runs/quickstart.$$n; echo "moved runs/quickstart to runs/quickstart.$$n"; \
+	fi
+	$(BIN)/diffdistill train experiment=quickstart run_dir=runs/quickstart $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+assets: $(STAMP)
+	$(BIN)/diffdistill train experiment=digits_teacher run_dir=runs/assets/digits $(ARGS)
+	$(BIN)/diffdistill train experiment=gmm2d_teacher run_dir=runs/assets/gmm2d $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

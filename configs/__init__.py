@@ -1,0 +1,1 @@
+"""The configuration files: one root per verb, one folder per group."""

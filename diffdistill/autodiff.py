@@ -1,0 +1,23 @@
+"""Forward-mode derivatives: the only caller of torch's forward AD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def jvp(
+    function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Any, Any]:
+    """Value of `function` at `primals` and its derivative along `tangents`, exactly.
+
+    primals, tangents: tensors of equal shapes, one tangent per argument. The function may return a tensor or a
+    tuple of tensors; both results have that structure. No graph is kept: tangents are targets, so callers take the
+    derivative here and run one ordinary pass for the gradient. Every operation inside needs a forward rule; fused
+    attention has none, the math backend has.
+    """
+    with torch.no_grad():
+        return torch.func.jvp(function, primals, tangents)

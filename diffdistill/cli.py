@@ -1,0 +1,200 @@
+"""The command line: `diffdistill VERB [key=value ...]`.
+
+Exit status 0: done; 1: a measured floor was missed; 2: a mistake in what was asked for, told in one message; 3: the
+machine was too noisy to tell. Hydra composes the configuration; its exceptions, like ours, end as one line on stderr.
+Importing this file must stay cheap: `--help` and the shell's completion wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: the function behind it as `module:name`, the root file in configs/, one line, examples."""
+
+    function: str
+    config: str
+    summary: str
+    examples: tuple[str, ...]
+
+
+VERBS = {
+    "train": Verb(
+        "diffdistill.run:train",
+        "train",
+        "distil a teacher into a one- or few-step generator (or train a teacher)",
+        ("train experiment=digits_dmd2 run_dir=runs/x", "train data=gmm2d distiller=dmd2 trainer.steps=500"),
+    ),
+    "sample": Verb(
+        "diffdistill.run:sample",
+        "sample",
+        "draw a grid of samples from a run or a pipeline folder",
+        ("sample run=runs/x num=64 out=grid.png", "sample pipeline=runs/x/pipeline seed=1"),
+    ),
+    "evaluate": Verb(
+        "diffdistill.run:evaluate",
+        "evaluate",
+        "measure samples of a run or a pipeline folder against real data",
+        ("evaluate run=runs/x out=eval.json", "evaluate pipeline=DIR data=digits 'metrics=[fd,label_agreement]'"),
+    ),
+    "export": Verb(
+        "diffdistill.run:export",
+        "export",
+        "write a run's generator as a diffusers pipeline folder, verified",
+        ("export run=runs/x out=my_pipeline",),
+    ),
+    "doctor": Verb(
+        "diffdistill.doctor:doctor",
+        "doctor",
+        "report versions, devices, kernels, extras and cache folders",
+        ("doctor",),
+    ),
+    "bench step": Verb(
+        "diffdistill.bench:step",
+        "bench_step",
+        "time the passes of a training step against a null measurement",
+        ("bench step 'distillers=[dmd2]' quick=true",),
+    ),
+}
+
+# Hydra's options that make sense here: None if no value follows, else the values to choose from, () for any.
+_PARTS = ("job", "hydra", "all")
+_TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+_OPTIONS: dict[str, tuple[str, ...] | None] = {
+    "--multirun": None,
+    "-m": None,
+    "--cfg": _PARTS,
+    "-c": _PARTS,
+    "--resolve": None,
+    "--package": (),
+    "-p": (),
+    "--info": _TOPICS,
+    "-i": _TOPICS,
+    "--config-dir": (),
+    "-cd": (),
+    "--hydra-help": None,
+}
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one command line; returns the exit status."""
+    try:
+        return _dispatch(list(argv))
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return 130
+    except ValueError as error:
+        if not _caused_by_user(error):
+            raise
+        _say(f"error: {error}")
+        return 2
+
+
+def _say(text: str) -> None:
+    """Print to stderr, once when several processes run the same command."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def _caused_by_user(error: ValueError) -> bool:
+    """Our own constructors raise ValueError for what a user can cause; one from inside another library is a defect."""
+    from .errors import UserError
+
+    if isinstance(error, UserError):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(__file__).parent in Path(trace.tb_frame.f_code.co_filename).parents
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["--version"] or argv[:1] in ([], ["--help"], ["-h"], ["help"]):
+        from . import cli_help
+
+        print(cli_help.version() if argv[:1] == ["--version"] else cli_help.overview(VERBS))
+        return 0
+    if argv[0] in ("--shell-completion", "-sc"):
+        from .cli_run import complete
+
+        return complete(argv, VERBS)
+    name, rest = _verb(argv)
+    if "--help" in rest or "-h" in rest:
+        from . import cli_help
+
+        below = {key: verb for key, verb in VERBS.items() if key.startswith(f"{name} ")}
+        print(cli_help.overview(below) if below else cli_help.verb_help(name, VERBS[name]))
+        return 0
+    from .cli_run import run
+
+    return run(VERBS[name], *_options_and_overrides(rest))
+
+
+def _verb(argv: list[str]) -> tuple[str, list[str]]:
+    """Split the verb, of one or two words, from what follows it."""
+    first, rest = argv[0], argv[1:]
+    seconds = [name.split()[1] for name in VERBS if name.startswith(f"{first} ")]
+    if first in VERBS or (seconds and rest[:1] in (["--help"], ["-h"])):
+        return first, rest
+    if seconds and rest and rest[0] in seconds:
+        return f"{first} {rest[0]}", rest[1:]
+    if seconds:
+        given = repr(rest[0]) if rest else "nothing"
+        fix = f"Write {first} {seconds[0]}."
+        raise _mistake(first, f"must be followed by one of {', '.join(seconds)}", given, fix)
+    verbs = sorted({name.split()[0] for name in VERBS})
+    raise _mistake("the verb", f"must be one of {', '.join(verbs)}", repr(first), verbs)
+
+
+def _options_and_overrides(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """Split Hydra's options, with their values, from the overrides: they may stand in any order."""
+    options: dict[str, str] = {}
+    overrides: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if not word.startswith("-"):
+            overrides.append(word)
+        elif name not in _OPTIONS:
+            known = [option for option in _OPTIONS if option.startswith("--")]
+            raise _mistake("the option", "must be one that exists", repr(word), known)
+        elif _OPTIONS[name] is None:
+            options[name] = ""
+        else:
+            options[name] = value if equals else next(remaining, "")
+            _check_option(name, options[name], _OPTIONS[name] or ())
+    return options, overrides
+
+
+def _check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if not value or (choices and value not in choices):
+        one = f"one of {', '.join(choices)}" if choices else "a value"
+        fix = f"Write {name} {choices[0] if choices else 'VALUE'}."
+        raise _mistake(name, f"must be followed by {one}", repr(value) if value else "nothing", fix)
+
+
+def _mistake(key: str, constraint: str, value: str, fix: str | list[str]) -> ValueError:
+    """A UserError; `fix` may be the known words."""
+    from .config_types import did_you_mean  # costs a third of a second
+    from .errors import UserError
+
+    return UserError(key, constraint, value, fix if isinstance(fix, str) else did_you_mean(value.strip("'"), fix))
+
+
+def function_of(verb: Verb) -> Callable[..., Any]:
+    """The function behind a verb; importing it brings in torch."""
+    module, _, name = verb.function.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,118 @@
+"""Run a verb under hydra.main: composing, sweeps, --cfg and completion are Hydra's, the messages are ours."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from . import config_files
+from .cli import Verb, function_of
+from .config import call, open_role_keys, resolved
+from .config_errors import explain
+from .errors import UserError
+
+# Hydra itself writes nothing and leaves logging alone: only run_dir names where a run writes.
+_QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+
+
+class _Stopped(BaseException):
+    """Carries an exception of a verb out of Hydra, which prints lines of its own about an Exception."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def run(verb: Verb, options: Mapping[str, str], overrides: Sequence[str]) -> int:
+    """Compose, check and call; returns the exit status, of a sweep the largest.
+
+    options: Hydra's, with their values ("" for those without).  overrides: key=value words.
+    Raises UserError for a mistake in them, and what the verb raises.
+    """
+    folder = options.get("--config-dir") or options.get("-cd")
+    if folder is not None and not os.path.isdir(folder):
+        raise UserError("--config-dir", "must name a folder", repr(folder), "Give the folder that holds your files.")
+    overrides = open_role_keys(overrides)
+    given = overrides if folder is None else [f"hydra.searchpath=[file://{os.path.abspath(folder)}]", *overrides]
+    statuses = [0]
+
+    def explained(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            message = explain(error, verb.config, given)
+            if message is None:
+                raise
+            raise message from None
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            cfg = explained(lambda: resolved(cfg, cast("DictConfig", HydraConfig.get())))
+            result = call(cfg, function_of(verb))
+        except Exception as error:
+            raise _Stopped(error) from None
+        statuses.append(result if isinstance(result, int) else 0)
+
+    with tempfile.TemporaryDirectory() as scratch:  # a sweep writes a file about itself
+        flags = [word for option in options.items() for word in option if word]
+        words = [*flags, *overrides, *_QUIET, f"hydra.sweep.dir={scratch}"]
+        try:
+            with _one_message(options.get("--package") or options.get("-p")):
+                explained(lambda: _hydra(verb.config, words, job))
+        except _Stopped as stopped:
+            raise stopped.error from stopped.error.__cause__
+    return max(statuses)
+
+
+@contextlib.contextmanager
+def _one_message(part: str | None) -> Iterator[None]:
+    """Hydra prints that the part to show does not exist, and ends with status 1."""
+    if part is None:
+        yield
+        return
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except SystemExit:
+        fix = "Write --package trainer, or a dotted key."
+        raise UserError("--package", "must name a part of the configuration", repr(part), fix) from None
+
+
+def _hydra(config: str, words: Sequence[str], job: Callable[[DictConfig], None]) -> None:
+    """hydra.main, which reads sys.argv, and hands its exceptions on only under HYDRA_FULL_ERROR=1."""
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = ["diffdistill", *words], "1"
+    try:
+        hydra.main(config_path=f"pkg://{config_files.PACKAGE}", config_name=config, version_base="1.3")(job)()
+    finally:
+        sys.argv = argv
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def complete(words: Sequence[str], verbs: Mapping[str, Verb]) -> int:
+    """Answer the shell: the verb's words first, then Hydra's completion of that verb's keys and groups."""
+    command, _, typed = os.environ.get("COMP_LINE", "").lstrip().partition(" ")
+    config = "train"
+    if any(word.startswith("query=") for word in words):
+        name = next((name for name in verbs if typed.startswith(f"{name} ")), None)
+        if name is None:
+            before = typed.split() if typed.endswith(" ") else typed.split()[:-1]
+            names = [name.split() for name in verbs if name.split()[: len(before)] == before]
+            print(" ".join(sorted({parts[len(before)] for parts in names})))
+            return 0
+        config = verbs[name].config
+        os.environ["COMP_LINE"] = f"{command} {typed[len(name) :].lstrip()}"
+    _hydra(config, words, lambda cfg: None)
+    return 0

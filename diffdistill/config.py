@@ -1,0 +1,137 @@
+"""From names and overrides to objects: compose the YAML files of a verb, check them, build what they describe.
+
+The command line and Jupyter share this file. `config_check` compares a configuration with the annotations of what it
+will be given to; `config_errors` turns the exceptions of Hydra and OmegaConf into one message.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hydra.types import RunMode
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from . import config_files
+from .config_check import NODE_WORDS, check, is_node, locate
+from .config_errors import explain
+from .config_types import convert, dot, parameters, show
+from .errors import UserError
+
+# Mappings keyed by role start empty, so that roles.student=lora names a key that no file holds.
+_ROLE_KEYED = re.compile(r"(?=(?:roles|init|trainer\.(?:optimizer|lr|clip|ema))(?:\.\w+)?=)")
+
+
+def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The resolved configuration of a verb: the name of a file directly under `configs/`.
+
+    overrides: what the command line takes, for example ["data=gmm2d", "trainer.steps=100"].
+    Raises UserError for every mistake in them.
+    """
+    try:
+        cfg = config_files.composed(verb, open_role_keys(overrides))
+        return resolved(cfg, cfg.hydra)
+    except Exception as error:
+        message = explain(error, verb, overrides)
+        if message is None:
+            raise
+        raise message from error
+
+
+def open_role_keys(overrides: Sequence[str]) -> list[str]:
+    """The overrides, with those that set roles, roles.ROLE, init or init.ROLE allowed to add keys."""
+    return [_ROLE_KEYED.sub("++", text, count=1) if _ROLE_KEYED.match(text) else text for text in overrides]
+
+
+def override(key: str, value: Any) -> str:
+    """A Python value as an override: run_dir="a b" is run_dir='a b'. Groups take a bare name."""
+    return f"{key}={_literal(value)}"
+
+
+def _literal(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return show(value)
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{_literal(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_literal, value)) + "]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_/.][\w/.\-]*", text) and text.lower() not in ("null", "true", "false", "inf", "nan"):
+        return text
+    return "'" + re.sub(r"(\\*)(?='|$)", r"\1\1", text).replace("'", "\\'") + "'"
+
+
+def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
+    """A composed configuration without Hydra's own node, its interpolations replaced, `run_dir` filled in."""
+    with open_dict(cfg):
+        cfg.pop("hydra", None)
+    if "run_dir" in cfg and cfg.run_dir is None:
+        name = hydra_node.runtime.choices.get("experiment") or "run"
+        cfg.run_dir = _default_run_dir(name, hydra_node.job.num if hydra_node.mode == RunMode.MULTIRUN else None)
+    OmegaConf.resolve(cfg)
+    return cfg
+
+
+def _default_run_dir(name: str, job: int | None) -> str:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process would read its own clock
+        raise UserError("run_dir", "must be given when several processes train", "null", "Add run_dir=runs/NAME.")
+    return f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}" + ("" if job is None else f"-{job}")
+
+
+def call(cfg: DictConfig, function: Callable[..., Any]) -> Any:
+    """Call a verb with the keys of its root configuration, after `check`: mappings as DictConfig, lists as lists."""
+    check(cfg, function)
+    hints = parameters(function)
+    values = {str(key): cfg[key] for key in cfg}
+    plain = {k: OmegaConf.to_container(v) if isinstance(v, ListConfig) else v for k, v in values.items()}
+    return function(**{key: convert(value, hints.get(key)) for key, value in plain.items()})
+
+
+def build(node: DictConfig | Mapping[str, Any] | None, **injected: Any) -> Any:
+    """What a node with `_target_` describes: its target called with the node's keys, inner nodes built first.
+
+    `_partial_: true` gives a functools.partial; `injected` keywords complete it, and then it is called.
+    Lists become tuples where the parameter is annotated so. None gives None.
+    Raises UserError, with the dotted key of the node in front, where a constructor raises ValueError.
+    """
+    if node is None:
+        return None
+    if isinstance(node, DictConfig):
+        return _build(OmegaConf.to_container(node, resolve=True), node._get_full_key(None), injected)
+    return _build(dict(node), "", injected)
+
+
+def _build(value: Any, key: str, injected: Mapping[str, Any]) -> Any:
+    if isinstance(value, list):
+        return [_build(item, f"{key}[{i}]", {}) for i, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    inner = {name: _build(item, dot(key, name), {}) for name, item in value.items() if name not in NODE_WORDS}
+    if not is_node(value):
+        return inner
+    target = locate(value["_target_"], dot(key, "_target_"))
+    hints = parameters(target)
+    keywords = {name: convert(item, hints.get(name)) for name, item in inner.items()}
+    if value.get("_partial_", False) and not injected:
+        # nothing bound: the function or class itself, which code may compare by identity
+        return functools.partial(target, **keywords) if keywords or isinstance(target, type) else target
+    try:
+        return target(**keywords, **injected)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise RefusedError(key or value["_target_"], str(error)) from error
+
+
+class RefusedError(UserError):
+    """A constructor's ValueError, with the dotted key of its node in front."""
+
+    def __init__(self, key: str, text: str) -> None:
+        ValueError.__init__(self, f"{key}: {text}")
+        self.key, self.constraint, self.value, self.fix = key, text, None, ""

@@ -1,0 +1,188 @@
+"""Data sets: the embedded digits and toy densities. Draws go through Rng, so they do not depend on the process count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Cond
+from diffdistill.distillers.base import Batch
+from diffdistill.evaluation.features import FeatureNetwork, load_features
+from diffdistill.evaluation.metrics import Reference
+from diffdistill.networks.exact import circle
+from diffdistill.rng import Rng
+
+
+class Data(Protocol):
+    """name: of the data set.  shape: [*sample].  provides: what a batch can hold, among x0, pair, trajectory."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def provides(self) -> frozenset[str]: ...
+    @property
+    def num_classes(self) -> int: ...
+
+    def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
+        """The micro-batch of samples rng.ids at step rng.step, on rng's device; global_batch: samples per step."""
+        ...
+
+    def conditions(self, rng: Rng) -> Cond:
+        """Conditions to evaluate with, one per sample of rng: classes uniform."""
+        ...
+
+    def reference(self) -> Reference:
+        """The fixed real data that samples are measured against."""
+        ...
+
+    def features(self) -> FeatureNetwork | None:
+        """The feature network its figures are measured with, if it has one."""
+        ...
+
+
+def digit_scans() -> tuple[Tensor, Tensor]:
+    """Scikit-learn's 1,797 scans of hand-written digits (Alpaydin & Kaynak 1998), part of that package.
+
+    Returns images [1797, 1, 8, 8] float32 in [-1, 1] (raw / 8 - 1) and labels [1797] int64 in 0..9.
+    """
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    images = torch.from_numpy(raw.images).to(torch.float32).div(8).sub(1).unsqueeze(1)
+    return images, torch.from_numpy(raw.target).to(torch.int64)
+
+
+def uniform_classes(rng: Rng, num_classes: int) -> Cond:
+    """{"label": [B]} with uniform classes; no condition for data without classes."""
+    return {"label": rng.integers(num_classes, (len(rng),))} if num_classes else {}
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The scans, in epochs: every sample once per epoch, in an order that depends on the seed and the epoch alone."""
+
+    name: str = "digits"
+    shape: tuple[int, ...] = (1, 8, 8)
+    num_classes: int = 10
+    provides: frozenset[str] = frozenset({"x0"})
+
+    @cached_property
+    def _scans(self) -> tuple[Tensor, Tensor]:
+        return digit_scans()
+
+    def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
+        shape = (len(rng), *self.shape)
+        if "x0" not in needs:
+            return Batch(uniform_classes(rng, self.num_classes), shape)
+        images, labels = self._scans
+        chosen = torch.from_numpy(epoch_indices(rng, global_batch, len(images)))
+        return Batch({"label": labels[chosen].to(rng.device)}, shape, images[chosen].to(rng.device, dtype))
+
+    def conditions(self, rng: Rng) -> Cond:
+        return uniform_classes(rng, self.num_classes)
+
+    def reference(self) -> Reference:
+        return Reference(self.name, *self._scans)
+
+    def features(self) -> FeatureNetwork:
+        return load_features()
+
+
+def epoch_indices(rng: Rng, global_batch: int, size: int) -> np.ndarray:
+    """Which of `size` items the samples of rng are: positions step * global_batch + id in one permutation per epoch."""
+    position = rng.step * global_batch + rng.ids
+    epochs, offsets = np.divmod(position, size)
+    indices = np.empty_like(position)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = rng.permutation(size, f"epoch {epoch}")[offsets[here]]
+    return indices
+
+
+@dataclass(frozen=True)
+class Mixture2D:
+    """Equal isotropic Gaussians on a circle, the class is the mode. Draws are fresh at every step.
+
+    num_modes: on the circle.  radius: of it.  std: of a mode.
+    """
+
+    num_modes: int = 8
+    radius: float = 1.0
+    std: float = 0.05
+    name: str = "gmm2d"
+    shape: tuple[int, ...] = (2,)
+    provides: frozenset[str] = frozenset({"x0"})
+
+    @property
+    def num_classes(self) -> int:
+        return self.num_modes
+
+    def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
+        cond = uniform_classes(rng, self.num_modes)
+        x0 = self._draw(rng, cond["label"], dtype) if "x0" in needs else None
+        return Batch(cond, (len(rng), *self.shape), x0)
+
+    def conditions(self, rng: Rng) -> Cond:
+        return uniform_classes(rng, self.num_modes)
+
+    def reference(self) -> Reference:
+        """10,000 draws with a seed of their own."""
+        rng = Rng(20240717, 0, "reference", range(10_000))
+        labels = uniform_classes(rng, self.num_modes)["label"]
+        return Reference(self.name, self._draw(rng, labels, torch.float32), labels)
+
+    def features(self) -> None:
+        return None
+
+    def _draw(self, rng: Rng, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        centres = torch.tensor(circle(self.num_modes, self.radius), dtype=dtype, device=rng.device)
+        return centres[labels] + self.std * rng.normal((len(rng), 2), dtype)
+
+
+@dataclass(frozen=True)
+class GaussianData:
+    """N(mean, std^2) per coordinate, by class where there is more than one row. mean, std: [rows][dim]."""
+
+    mean: Sequence[Sequence[float]] = ((0.7,),)
+    std: Sequence[Sequence[float]] = ((1.3,),)
+    name: str = "gauss"
+    provides: frozenset[str] = frozenset({"x0"})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.mean[0]),)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.mean) if len(self.mean) > 1 else 0
+
+    def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
+        cond = self.conditions(rng)
+        x0 = self._draw(rng, cond, dtype) if "x0" in needs else None
+        return Batch(cond, (len(rng), *self.shape), x0)
+
+    def conditions(self, rng: Rng) -> Cond:
+        return uniform_classes(rng, self.num_classes)
+
+    def reference(self) -> Reference:
+        """10,000 draws with a seed of their own."""
+        rng = Rng(20240717, 0, "reference", range(10_000))
+        cond = self.conditions(rng)
+        return Reference(self.name, self._draw(rng, cond, torch.float32), cond.get("label"))
+
+    def features(self) -> None:
+        return None
+
+    def _draw(self, rng: Rng, cond: Cond, dtype: torch.dtype) -> Tensor:
+        row = cond["label"] if self.num_classes else torch.zeros(len(rng), dtype=torch.long, device=rng.device)
+        mean = torch.tensor([list(r) for r in self.mean], dtype=dtype, device=rng.device)[row]
+        std = torch.tensor([list(r) for r in self.std], dtype=dtype, device=rng.device)[row]
+        return mean + std * rng.normal((len(rng), *self.shape), dtype)

@@ -1,0 +1,1 @@
+"""Distillation methods: one file each, in the folder of its family."""

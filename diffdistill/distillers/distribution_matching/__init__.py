@@ -1,0 +1,1 @@
+"""Methods that match the student's noised marginals to the teacher's."""

@@ -1,0 +1,13 @@
+"""The one exception for what a user can cause."""
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for: ends with exit status 2 and this one message.
+
+    key: the configuration key or command-line word at fault.  constraint: what must hold.
+    value: what was given.  fix: what to do about it.
+    """
+
+    def __init__(self, key: str, constraint: str, value: object, fix: str) -> None:
+        super().__init__(f"{key} {constraint}, got {value}. {fix}")
+        self.key, self.constraint, self.value, self.fix = key, constraint, value, fix

@@ -1,0 +1,191 @@
+"""Draw samples, measure them, and read the teacher's figures from its card."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from diffdistill.data import Data
+from diffdistill.errors import UserError
+from diffdistill.rng import Rng
+from diffdistill.solvers import Sampler
+
+from .metrics import check_metrics, measure
+from .protocol import Protocol, require_same
+
+CARD_SCHEMA = 1
+ON_IMAGES = ("fd_pixel", "fd", "label_agreement", "prdc", "memorised", "latency", "nfe")
+ON_POINTS = ("swd", "prdc", "latency", "nfe")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """every: steps between evaluations in a run, 0 is only at the end.  num_samples, seed, batch_size: of the draw.
+
+    metrics: names, None is those that fit the data.  replicates: of the bootstrap.  teacher: where its figures come
+    from: `card` of the shipped weights (hash and protocol checked), `fresh` measures, `none` leaves them out.
+    interim_samples: samples of the evaluations before the last (fd_pixel reads higher on fewer).
+    """
+
+    every: int
+    num_samples: int
+    interim_samples: int
+    metrics: tuple[str, ...] | None
+    seed: int
+    batch_size: int
+    replicates: int
+    teacher: Literal["card", "fresh", "none"]
+
+    def __post_init__(self) -> None:
+        for key in ("num_samples", "interim_samples", "batch_size", "replicates"):
+            if getattr(self, key) < 1:
+                raise UserError(f"evaluation.{key}", "must be >= 1", getattr(self, key), "Raise it.")
+        if self.every < 0:
+            raise UserError("evaluation.every", "must be >= 0", self.every, "0 evaluates at the end only.")
+
+    def names(self, data: Data) -> tuple[str, ...]:
+        """The metrics to measure on this data."""
+        if self.metrics is not None:
+            return self.metrics
+        return ON_IMAGES if len(data.shape) == 3 and data.features() is not None else ON_POINTS
+
+    def check(self, data: Data) -> None:
+        """Refuse metrics that do not exist, do not fit the data or need more samples, before any work."""
+        names = self.names(data)
+        check_metrics(names, data.reference(), data.features(), self.num_samples, key="evaluation.metrics")
+        if self.every:
+            check_metrics(names, data.reference(), data.features(), self.interim_samples, key="evaluation.metrics")
+
+
+def draw(
+    sampler: Sampler,
+    data: Data,
+    num_samples: int,
+    seed: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """num_samples samples with uniform classes, [N, *shape] on the CPU, and their labels [N] or None.
+
+    The draws are keyed by sample index: another batch size gives the same samples.
+    """
+    samples, labels = [], []
+    for start in range(0, num_samples, batch_size):
+        rng = Rng(seed, 0, "evaluation", range(start, min(start + batch_size, num_samples)), device)
+        cond = data.conditions(rng.fork("conditions"))
+        z = rng.fork("prior").normal((len(rng), *data.shape), dtype)
+        samples.append(sampler.sample(z, cond, rng.fork("sampler")).float().cpu())
+        if "label" in cond:
+            labels.append(cond["label"].cpu())
+    return torch.cat(samples), torch.cat(labels) if labels else None
+
+
+def latency_ms(
+    sampler: Sampler, data: Data, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> float:
+    """Median milliseconds of one sample at batch size 1, over 10 calls after 2."""
+    seconds = []
+    for index in range(12):
+        rng = Rng(0, index, "latency", range(1), device)
+        z, cond = rng.normal((1, *data.shape), dtype), data.conditions(rng)
+        started = time.perf_counter()
+        sampler.sample(z, cond, rng).cpu()
+        seconds.append(time.perf_counter() - started)
+    return 1000 * statistics.median(seconds[2:])
+
+
+def evaluate(
+    sampler: Sampler,
+    data: Data,
+    evaluation: Evaluation,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[dict[str, Any], Protocol]:
+    """All figures of a sampler on the data, in summary.json's names, with their protocol."""
+    names = evaluation.names(data)
+    samples, labels = draw(sampler, data, evaluation.num_samples, evaluation.seed, evaluation.batch_size, device, dtype)
+    figures: dict[str, Any] = {"nfe": sampler.nfe} if "nfe" in names else {}
+    measured, protocol = measure(
+        samples,
+        labels,
+        data.reference(),
+        names,
+        data.features(),
+        seed=evaluation.seed,
+        replicates=evaluation.replicates,
+    )
+    figures |= measured
+    if "latency" in names:
+        figures["latency_ms"] = latency_ms(sampler, data, device, dtype)
+    return figures, protocol
+
+
+def interim(evaluation: Evaluation) -> Evaluation:
+    """The smaller evaluation inside a run."""
+    return replace(evaluation, num_samples=evaluation.interim_samples)
+
+
+def write_card(path: Path, figures: dict[str, Any], protocol: Protocol, weights_sha256: str, command: str) -> None:
+    """The figures a teacher ships with: protocol, hash of the weights they belong to, command that made them."""
+    card = {
+        "schema": CARD_SCHEMA,
+        "weights_sha256": weights_sha256,
+        "command": command,
+        "figures": figures,
+        "protocol": protocol.to_json(),
+    }
+    path.write_text(json.dumps(card, indent=1) + "\n")
+
+
+def read_card(path: Path, weights_sha256: str, evaluation: Evaluation, data: Data) -> dict[str, Any]:
+    """The figures on a teacher's card, refused unless the weights and the protocol are this run's."""
+    if not path.is_file():
+        raise UserError(
+            "evaluation.teacher",
+            "card needs a teacher with metrics.json beside it",
+            str(path),
+            "Set it to fresh or none.",
+        )
+    card = json.loads(path.read_text())
+    if card.get("schema") != CARD_SCHEMA:
+        raise UserError("evaluation.teacher", f"needs a card of schema {CARD_SCHEMA}", card.get("schema"), "Use fresh.")
+    if card["weights_sha256"] != weights_sha256:
+        raise UserError(
+            "evaluation.teacher", "card belongs to other weights than these", weights_sha256[:12], "Set it to fresh."
+        )
+    protocol = Protocol.from_json(card["protocol"])
+    probe = torch.zeros(2, *data.shape)
+    _, ours = measure(
+        probe, None, data.reference(), (), data.features(), seed=evaluation.seed, replicates=evaluation.replicates
+    )
+    require_same(protocol, replace(ours, num_samples=evaluation.num_samples))
+    return dict(card["figures"])
+
+
+def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> Any:
+    """A rich table of figures, one column per row given, a line per figure."""
+    from rich.table import Table
+
+    out = Table("figure", *(name for name, _ in rows), title=None)
+    keys = list(dict.fromkeys(key for _, figures in rows for key in figures if not key.endswith("_ci")))
+    for key in keys:
+        out.add_row(key, *(_cell(figures, key) for _, figures in rows))
+    return out
+
+
+def _cell(figures: dict[str, Any], key: str) -> str:
+    if key not in figures:
+        return "-"
+    value = figures[key]
+    text = str(value) if isinstance(value, int) else f"{value:.4g}"
+    interval = figures.get(f"{key}_ci")
+    return text if interval is None else f"{text}  [{interval[0]:.4g}, {interval[1]:.4g}]"

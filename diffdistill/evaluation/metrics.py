@@ -1,0 +1,173 @@
+"""The one entry to all figures: names, what each needs, and the measurement with its protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffdistill.errors import UserError
+
+from . import kid, prdc, sliced
+from .features import FeatureNetwork
+from .frechet import CONFIDENCE, frechet_with_interval
+from .neighbours import memorised
+from .protocol import Protocol, tensor_sha256
+
+METRICS = (
+    "fd_pixel", "fd", "kid", "prdc", "label_agreement", "memorised", "clip_score", "swd", "latency", "nfe",
+)  # fmt: skip
+ON_FEATURES = ("fd", "kid", "label_agreement")
+BLOCK = 1000
+
+Figures = dict[str, float | list[float]]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A fixed data set that samples are measured against.
+
+    data: images [n, C, H, W] in [-1, 1], or points [n, d].  labels: [n] int64, None where the data has no classes.
+    """
+
+    name: str
+    data: Tensor
+    labels: Tensor | None
+
+
+def check_metrics(
+    names: Iterable[str],
+    reference: Reference,
+    features: FeatureNetwork | None,
+    num_samples: int,
+    *,
+    key: str = "evaluation.metrics",
+) -> None:
+    """Raise UserError unless every named metric can be measured with num_samples samples against the reference.
+
+    key: the configuration key that the names came from.
+    """
+    values = reference.data[0].numel()
+    for name in names:
+        if name not in METRICS:
+            raise UserError(key, f"must be among {', '.join(METRICS)}", name, "Take a name from that list.")
+        if name == "clip_score":
+            raise UserError(key, f"must fit the data set: clip_score needs prompts and {reference.name} has none", name,
+                            "Leave it out.")  # fmt: skip
+        if name in ON_FEATURES and features is None:
+            raise UserError(key, f"must fit the data set: {name} needs a feature network and {reference.name} has none",
+                            name, "Leave it out; fd_pixel and swd need none.")  # fmt: skip
+        if name == "label_agreement" and reference.labels is None:
+            raise UserError(key, f"must fit the data set: label_agreement needs labels and {reference.name} has none",
+                            name, "Leave it out.")  # fmt: skip
+        smallest = 1
+        if name == "fd_pixel":
+            smallest = values + 1  # fewer leave the covariance singular
+        elif name == "fd":
+            smallest = features.dim + 1 if features is not None else 1
+        elif name == "prdc":
+            smallest = max(prdc.PRECISION_RECALL_K, prdc.DENSITY_COVERAGE_K) + 1
+        elif name == "kid":
+            smallest = 2
+        if num_samples < smallest:
+            raise UserError("num_samples", f"must be at least {smallest} for the metric {name}", num_samples,
+                            f"Raise it, or leave {name} out.")  # fmt: skip
+
+
+def measure(
+    samples: Tensor,
+    labels: Tensor | None,
+    reference: Reference,
+    metrics: Iterable[str],
+    features: FeatureNetwork | None,
+    *,
+    seed: int,
+    replicates: int = 100,
+    key: str = "evaluation.metrics",
+) -> tuple[Figures, Protocol]:
+    """Measure samples against the reference; `latency` and `nfe` are the caller's to measure and ignored here.
+
+    samples: [N, C, H, W] images, clipped to [-1, 1] as an exported pipeline does; or [N, d] points, not clipped.
+    labels: [N] classes the samples were asked for, None where there are none.
+    seed, replicates: of the bootstrap behind fd_ci and fd_pixel_ci.
+    Returns the figures (fd_pixel, fd_pixel_ci: [lo, hi], fd, fd_ci, kid, swd, label_agreement, precision, recall,
+    density, coverage, memorised: those asked for) and the protocol they hold under.
+    prdc works on features where a feature network is given, on raw values otherwise.
+    Raises UserError as `check_metrics` does, and if a sample is not finite: nothing is replaced by a number.
+    """
+    names = set(metrics)
+    check_metrics(sorted(names), reference, features, len(samples), key=key)
+    _check_samples(samples, labels, reference, names)
+    is_image = reference.data.ndim == 4
+    x, y = reference.data.float(), samples.detach().float().cpu()
+    if is_image:
+        x, y = x.clamp(-1, 1), y.clamp(-1, 1)
+
+    figures: Figures = {}
+    if "fd_pixel" in names:
+        figures["fd_pixel"], interval = frechet_with_interval(y, x, seed=seed, replicates=replicates)
+        figures["fd_pixel_ci"] = list(interval)
+    if "memorised" in names:
+        figures["memorised"] = memorised(y, x)
+    if "swd" in names:
+        figures["swd"] = sliced.sliced_wasserstein(y, x)
+
+    space_x, space_y = x, y
+    if features is not None and names & {"fd", "kid", "prdc"}:
+        space_x, space_y = _by_block(features.features, x), _by_block(features.features, y)
+    if features is not None and labels is not None and "label_agreement" in names:
+        predicted = _by_block(features.logits, y).argmax(1)
+        figures["label_agreement"] = float((predicted == labels.cpu()).double().mean())
+    if "fd" in names:
+        figures["fd"], interval = frechet_with_interval(space_y, space_x, seed=seed, replicates=replicates)
+        figures["fd_ci"] = list(interval)
+    if "kid" in names:
+        figures["kid"] = kid.kernel_distance(space_y, space_x, seed=seed)
+    if "prdc" in names:
+        four = prdc.prdc(space_y, space_x)
+        figures |= {"precision": four.precision, "recall": four.recall,
+                    "density": four.density, "coverage": four.coverage}  # fmt: skip
+
+    return figures, Protocol(
+        reference=reference.name,
+        reference_sha256=tensor_sha256(reference.data, reference.labels),
+        reference_size=len(reference.data),
+        features=None if features is None else features.sha256,
+        num_samples=len(samples),
+        seed=seed,
+        resize="none",
+        clip=(-1.0, 1.0) if is_image else None,
+        dtype=str(samples.dtype).removeprefix("torch."),
+        statistics_dtype="float64",
+        covariance_eps=0.0,
+        interval=f"basic bootstrap, {CONFIDENCE:.0%}",
+        replicates=replicates,
+        prdc_space="values" if features is None else "features",
+        precision_recall_k=prdc.PRECISION_RECALL_K,
+        density_coverage_k=prdc.DENSITY_COVERAGE_K,
+        kid_subsets=kid.NUM_SUBSETS,
+        kid_subset_size=kid.MAX_SUBSET_SIZE,
+        swd_projections=sliced.NUM_PROJECTIONS,
+        swd_seed=sliced.PROJECTION_SEED,
+    )
+
+
+def _check_samples(samples: Tensor, labels: Tensor | None, reference: Reference, names: set[str]) -> None:
+    if samples.shape[1:] != reference.data.shape[1:]:
+        raise UserError("samples", f"must have the shape of {reference.name}, {tuple(reference.data.shape[1:])} each",
+                        tuple(samples.shape[1:]), "Nothing is resized: sample at the size of the data.")  # fmt: skip
+    broken = int((~torch.isfinite(samples)).flatten(1).any(1).sum())
+    if broken:
+        raise UserError("samples", "must be finite", f"{broken} of {len(samples)} samples with nan or inf",
+                        "Look for the step at which the network's weights or its sampler diverged.")  # fmt: skip
+    if "label_agreement" in names and (labels is None or labels.shape != (len(samples),)):
+        raise UserError("labels", f"must be one class per sample, [{len(samples)}], for label_agreement",
+                        None if labels is None else list(labels.shape), "Pass the classes asked for.")  # fmt: skip
+
+
+@torch.no_grad()
+def _by_block(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """network(images), [n, d], a block of images at a time to bound the memory of its layers."""
+    return torch.cat([network(block) for block in images.split(BLOCK)])

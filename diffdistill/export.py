@@ -1,0 +1,287 @@
+"""From a run to a stock diffusers folder, verified in a process that does not have this package.
+
+A Generator becomes a ConsistencyModelPipeline whose scheduler holds the student's own grid; a trained denoiser becomes
+the model folder it was loaded from. Folders carry no code: `DiffusionPipeline.from_pretrained(dir)(**inputs, **call)`
+with the keywords of call.json equals `generator.sample` on the same noise, or nothing is written.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from diffdistill.errors import UserError
+from diffdistill.evaluation import harness
+from diffdistill.evaluation.protocol import Protocol
+from diffdistill.generator import Generator, fresh_from_t_min
+from diffdistill.networks.diffusers import UNet2D, resolve
+from diffdistill.networks.inputs import EmbeddingWithInputs
+
+if TYPE_CHECKING:
+    from diffdistill.run import Recipe
+
+SCHEMA = 1
+TOLERANCE = 1e-5  # largest absolute difference on [0, 1]
+NUM_LEVELS = 40  # of the scheduler's Karras grid
+RHO = 7.0
+
+# Runs alone: no import of this package, no environment, no current folder on the path.
+_CHILD = """
+import json, sys
+sys.modules["diffdistill"] = None
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+folder, out, inputs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+torch.set_num_threads(1)
+pipeline = DiffusionPipeline.from_pretrained(folder)
+pipeline.set_progress_bar_config(disable=True)
+call = json.load(open(folder + "/call.json"))["call"]
+images = pipeline(**inputs, **call, generator=torch.Generator().manual_seed(0), output_type="pt").images
+save_file({"images": torch.as_tensor(images).contiguous()}, out)
+"""
+
+
+def refusal(recipe: Recipe) -> UserError | None:
+    """Why this run cannot become a stock folder, or None."""
+    generator = recipe.distiller.generator
+    network = recipe.networks["student"].network
+    if not isinstance(network, UNet2D):
+        return UserError(
+            "export", "needs a network with a diffusers class", type(network).__name__, "Train a diffusers teacher."
+        )
+    if isinstance(network.unet.time_embedding, EmbeddingWithInputs):
+        return UserError(
+            "export", "needs a student without extra inputs", "w, s or step", "No stock UNet2DModel takes them."
+        )
+    if not isinstance(generator, Generator):
+        return None
+    if len(generator.times) > 1 and generator.renoise is not fresh_from_t_min:
+        return UserError(
+            "distiller.renoise", "must be fresh_from_t_min, as CMStochasticIterativeScheduler re-noises",
+            getattr(generator.renoise, "__name__", generator.renoise), "Set it, or use one step.",
+        )  # fmt: skip
+    if generator.prior_std not in (None, generator.times[0]):
+        return UserError(
+            "prior_std", "must be sigma of the first time", generator.prior_std, "No stock scheduler scales otherwise."
+        )
+    try:
+        grid_indices(generator.times, network.process.t_min)
+    except UserError as error:
+        return error
+    return None
+
+
+def grid_indices(times: tuple[float, ...], sigma_min: float) -> list[int]:
+    """The times' indices on the exported scheduler's Karras grid from times[0] down to sigma_min, ascending.
+
+    Raises UserError naming the nearest legal time if one lies off the grid.
+    """
+    high, low = times[0] ** (1 / RHO), sigma_min ** (1 / RHO)
+    indices = []
+    for time in times:
+        place = (high - time ** (1 / RHO)) / (high - low) * (NUM_LEVELS - 1)
+        nearest = (high + round(place) / (NUM_LEVELS - 1) * (low - high)) ** RHO
+        if abs(nearest - time) > 1e-5 * time:
+            raise UserError(
+                "distiller.times",
+                f"must lie on the {NUM_LEVELS}-level Karras grid of diffusers' CM scheduler",
+                time,
+                f"The nearest time on it is {nearest:.8g}.",
+            )
+        indices.append(round(place))
+    return indices
+
+
+def write(recipe: Recipe, out: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> Path:
+    """Write the run's generator into the new folder `out` and verify it; weights are used as they are.
+
+    Raises UserError if it cannot be expressed, if `out` exists, or if the folder read back differs.
+    """
+    if (reason := refusal(recipe)) is not None:
+        raise reason
+    if out.exists():
+        raise UserError("out", "must not exist yet", str(out), "Name another folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
+        folder = Path(aside) / out.name
+        generator = recipe.distiller.generator
+        if isinstance(generator, Generator):
+            _write_pipeline(recipe, generator, folder, settings, summary)
+            verify(folder, recipe, generator)
+        else:
+            _write_model(recipe, folder, settings, summary)
+        folder.rename(out)
+    return out
+
+
+def verify(folder: Path, recipe: Recipe, generator: Generator) -> float:
+    """Run the folder in a fresh process without this package and compare with `generator`; the largest difference.
+
+    Raises UserError above 1e-5 (values in [0, 1]).
+    """
+    num = 8
+    cond = {"label": torch.arange(num) % recipe.data.num_classes} if recipe.data.num_classes else {}
+    inputs = {"batch_size": num, **({"class_labels": cond["label"].tolist()} if cond else {})}
+    with tempfile.TemporaryDirectory() as aside:
+        result = Path(aside) / "images.safetensors"
+        command = [sys.executable, "-I", "-c", _CHILD, str(folder), str(result), json.dumps(inputs)]
+        child = subprocess.run(command, capture_output=True, text=True, check=False)
+        if child.returncode:
+            last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError("export", "must load in diffusers alone", str(folder), f"diffusers said: {last}")
+        images = load_file(result)["images"]
+    draws = _TorchDraws(0)
+    z = draws.normal((num, *recipe.data.shape), torch.float32)
+    ours = generator.sample(z, cond, draws)  # type: ignore[arg-type]
+    difference = float((ours.clamp(-1, 1) / 2 + 0.5 - images).abs().max())
+    if not difference <= TOLERANCE:
+        raise UserError(
+            "export", f"must equal the run's own samples within {TOLERANCE:g}", f"{difference:.3g}", "Nothing was written."
+        )
+    return difference
+
+
+class _TorchDraws:
+    """Our generator's draws taken from torch's, in the order the stock pipeline takes them."""
+
+    def __init__(self, seed: int) -> None:
+        self.source = torch.Generator().manual_seed(seed)
+
+    def fork(self, name: str) -> _TorchDraws:
+        return self
+
+    def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=self.source, dtype=dtype)
+
+
+def stock_unet(network: UNet2D, drop_null: bool) -> Any:
+    """A plain UNet2DModel with the network's weights; drop_null leaves out the null class, which a label-free call
+    would otherwise draw."""
+    from diffusers import UNet2DModel
+
+    config, state = dict(network.unet.config), network.unet.state_dict()
+    if drop_null and network.null is not None:
+        config["num_class_embeds"] -= 1
+        state["class_embedding.weight"] = state["class_embedding.weight"][: config["num_class_embeds"]]
+    unet = UNet2DModel.from_config(config)
+    unet.load_state_dict(state)
+    return unet
+
+
+def _write_pipeline(
+    recipe: Recipe, generator: Generator, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+
+    network = recipe.networks.standalone("student")
+    scheduler = CMStochasticIterativeScheduler(
+        num_train_timesteps=NUM_LEVELS,
+        sigma_min=network.process.t_min,
+        sigma_max=generator.times[0],
+        sigma_data=network.kind.sigma_data,
+        rho=RHO,
+        clip_denoised=False,
+    )
+    ConsistencyModelPipeline(unet=stock_unet(network, drop_null=True), scheduler=scheduler).save_pretrained(folder)
+    indices = grid_indices(generator.times, network.process.t_min)
+    call: dict[str, Any] = {} if len(indices) == 1 else {"timesteps": indices[::-1]}
+    contract = {"schema": SCHEMA, "call": call, "nfe": generator.nfe, "times": list(generator.times)}
+    (folder / "call.json").write_text(json.dumps(contract, indent=1) + "\n")
+    (folder / "README.md").write_text(_readme(recipe, call, settings, summary))
+
+
+def _write_model(recipe: Recipe, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    import hashlib
+
+    network = recipe.networks.standalone("student")
+    stock_unet(network, drop_null=False).save_pretrained(folder)
+    (folder / "README.md").write_text(_model_readme(recipe, settings, summary))
+    if summary.get("student"):
+        weights = hashlib.sha256((folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        figures, protocol = dict(summary["student"]), Protocol.from_json(summary["protocol"])
+        harness.write_card(folder / "metrics.json", figures, protocol, weights, _command(settings))
+
+
+def _readme(recipe: Recipe, call: Mapping[str, Any], settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    teacher = str(settings["networks"].get("path", settings["networks"]["_target_"]))
+    method = type(recipe.distiller).__name__
+    labels = ", class_labels=[0, 1, 2, 3]" if recipe.data.num_classes else ""
+    keywords = "".join(f", {key}={value}" for key, value in call.items())
+    return f"""---
+license: {_licence(teacher)}
+base_model: {teacher}
+library_name: diffusers
+tags: [diffdistill, {method.lower()}, few-step]
+---
+# {method} student of {teacher}
+
+{recipe.distiller.generator.nfe} network evaluation(s) per sample, no guidance at inference. Load it with diffusers alone:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("this folder")
+images = pipeline(batch_size=4{labels}{keywords}).images
+```
+
+`call.json` holds the keyword arguments of that call. The folder was verified when it was written: a fresh process
+without diffdistill gave the training code's samples within {TOLERANCE:g}.
+
+{_figures(summary)}
+Licence of the teacher: {_licence(teacher)}. The student is derived from it.
+"""
+
+
+def _model_readme(recipe: Recipe, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    network = recipe.networks["student"].network
+    kind, process = network.kind, network.process
+    null = f"Class row {network.num_classes - 1} is the null condition (label dropout)." if network.null else ""
+    return f"""---
+license: cc-by-4.0
+library_name: diffusers
+---
+# Denoiser of {recipe.data.name}
+
+A stock `diffusers.UNet2DModel` under the process and scalings of `CMStochasticIterativeScheduler` with sigma_min
+{process.t_min}, sigma_max {process.t_max}, sigma_data {kind.sigma_data}: x0 = c_skip x + c_out F(x / sqrt(sigma^2 +
+sigma_data^2), 250 ln sigma). Pixels lie in [-1, 1]. {null}
+
+Made by `{_command(settings)}`. Training data: scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits"
+scans (Alpaydin & Kaynak 1998, CC BY 4.0).
+
+{_figures(summary)}"""
+
+
+def _figures(summary: Mapping[str, Any]) -> str:
+    student = summary.get("student") or {}
+    if not student:
+        return "No figures were measured in this run.\n"
+    lines = [f"| {key} | {value if isinstance(value, int | list) else format(value, '.4g')} |" for key, value in student.items()]
+    protocol = summary["protocol"]
+    return (
+        "| figure | value |\n|---|---|\n" + "\n".join(lines)
+        + f"\n\nMeasured on {protocol['num_samples']} samples against {protocol['reference_size']} of"
+        + f" {protocol['reference']}, seed {protocol['seed']}; intervals: {protocol['interval']}.\n"
+    )  # fmt: skip
+
+
+def _command(settings: Mapping[str, Any]) -> str:
+    return f"diffdistill train experiment={settings.get('experiment_name', 'NAME')}"
+
+
+def _licence(teacher: str) -> str:
+    """The licence in the front matter of the teacher's README, or `unknown`."""
+    card = Path(resolve(teacher)) / "README.md"
+    lines = card.read_text().splitlines() if card.is_file() else []
+    return next((line.removeprefix("license:").strip() for line in lines if line.startswith("license:")), "unknown")
+

@@ -1,0 +1,60 @@
+"""Losses that two or more methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.process import NoiseProcess
+
+# (t, process) -> weight [B] of the squared x0 error
+DenoisingWeight = Callable[[Tensor, NoiseProcess], Tensor]
+
+
+def sample_mean(x: Tensor) -> Tensor:
+    """Mean over everything but the batch, [B]."""
+    return x.flatten(1).mean(1)
+
+
+@dataclass(frozen=True)
+class EDMWeight:
+    """alpha^2/sigma^2 + 1/sigma_data^2: unit weight on EDM's raw output. Karras et al. 2022, arXiv:2206.00364."""
+
+    sigma_data: float
+
+    def __call__(self, t: Tensor, process: NoiseProcess) -> Tensor:
+        alpha, sigma = process.alpha_sigma(t)
+        return (alpha / sigma).square() + self.sigma_data**-2
+
+
+def unit_weight(t: Tensor, process: NoiseProcess) -> Tensor:
+    """1 on the x0 error."""
+    return torch.ones_like(t)
+
+
+def denoising(
+    denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, weight: DenoisingWeight
+) -> Tensor:
+    """weight(t) |D(x_t, t) - x0|^2, mean over coordinates, [B]. Minimised by E[x0 | x_t] whatever the weight."""
+    x_t = denoiser.process.add_noise(x0, eps, t)
+    return weight(t, denoiser.process) * sample_mean((denoiser(x_t, t, cond) - x0).square())
+
+
+def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
+    """sqrt(|a - b|^2 + c^2) - c with the norm over all coordinates, [B]. Song & Dhariwal 2023, arXiv:2310.14189."""
+    return torch.sqrt((a - b).flatten(1).square().sum(1) + c**2) - c
+
+
+def gan_generator(fake: Tensor) -> Tensor:
+    """softplus(-logit) of generated samples, [B]; logits are positive for real."""
+    return softplus(-fake)
+
+
+def gan_discriminator(real: Tensor, fake: Tensor) -> Tensor:
+    """softplus(-real) + softplus(fake), [B]."""
+    return softplus(-real) + softplus(fake)

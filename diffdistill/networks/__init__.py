@@ -1,0 +1,1 @@
+"""Networks and the roles they play."""

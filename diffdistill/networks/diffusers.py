@@ -1,0 +1,121 @@
+"""diffusers models as networks: UNet2DModel with the process of its CMStochasticIterativeScheduler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.errors import UserError
+from diffdistill.process import EDM, BoundaryF
+
+TIME_SCALE = 250.0  # CMStochasticIterativeScheduler feeds 1000 * 0.25 * ln(sigma)
+
+
+class UNet2D(nn.Module):
+    """A diffusers UNet2DModel that predicts BoundaryF under the EDM process.
+
+    sigma_data, sigma_min, sigma_max: of the scheduler.  A model with num_class_embeds reads cond["label"] [B]; with
+    `has_null` its last row is the null condition (label dropout).
+    """
+
+    closed_form = False
+    embedding_name = "unet.time_embedding"
+
+    def __init__(self, unet: Any, sigma_data: float, sigma_min: float, sigma_max: float, has_null: bool) -> None:
+        super().__init__()
+        self.unet = unet
+        self.process = EDM(sigma_min, sigma_max)
+        self.kind = BoundaryF(sigma_data, sigma_min)
+        self.embedding_width = unet.time_embedding.linear_1.out_features
+        self.num_classes = int(unet.config.num_class_embeds or 0)
+        self.null: Cond | None = {"label": torch.tensor([self.num_classes - 1])} if has_null else None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        """Down blocks, the middle block, up blocks: the bottleneck is the one in the middle."""
+        return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+
+    def scale(self, t: Tensor) -> Tensor:
+        return torch.rsqrt(t.square() + self.kind.sigma_data**2)
+
+    def time(self, t: Tensor) -> Tensor:
+        return TIME_SCALE * torch.log(t)
+
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        labels = cond["label"] if self.num_classes else None
+        return self.unet(x, t_net, class_labels=labels, return_dict=False)[0]
+
+
+class TamedLinear(nn.Linear):
+    """A linear whose masked input columns are held at zero; its state dict is a plain linear's."""
+
+    def __init__(self, linear: nn.Linear, keep: Tensor) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        self.load_state_dict(linear.state_dict())
+        self.register_buffer("keep", keep.to(self.weight.dtype), persistent=False)
+        with torch.no_grad():
+            self.weight *= self.keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * self.keep, self.bias)
+
+
+def tame_time(unet: Any) -> None:
+    """Hold at zero the time-embedding columns whose frequency exceeds 1/250, so that nothing varies faster than
+    ln(sigma) itself. Without it the time part of a consistency tangent dwarfs its state part near t_max."""
+    half = unet.time_proj.num_channels // 2
+    power = torch.arange(half) / (half - unet.time_proj.downscale_freq_shift)
+    slow = torch.exp(-math.log(10_000.0) * power) <= 1 / TIME_SCALE
+    unet.time_embedding.linear_1 = TamedLinear(unet.time_embedding.linear_1, torch.cat([slow, slow]))
+
+
+def unet2d_from_config(
+    config: Mapping[str, Any], sigma_data: float, sigma_min: float, sigma_max: float, tame: bool, seed: int
+) -> UNet2D:
+    """A UNet2DModel with random weights. config: its keyword arguments; num_class_embeds counts the null row."""
+    from diffusers import UNet2DModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            unet = UNet2DModel(**{key: _plain(value) for key, value in config.items()})
+        except (TypeError, ValueError) as error:
+            raise UserError("networks.config", "must build a diffusers UNet2DModel", error, "Mend its keys.") from error
+    if tame:
+        tame_time(unet)
+    return UNet2D(unet, sigma_data, sigma_min, sigma_max, has_null=bool(unet.config.num_class_embeds))
+
+
+def unet2d(path: str, sigma_data: float, sigma_min: float, sigma_max: float, has_null: bool, tame: bool) -> UNet2D:
+    """A pretrained UNet2DModel. path: a folder of `save_pretrained`, `asset:<name>` for a shipped one, or a hub id.
+
+    sigma_data, sigma_min, sigma_max: of the CMStochasticIterativeScheduler it was trained with.  tame: hold the fast
+    time columns at zero while training (they must be zero already).
+    """
+    from diffusers import UNet2DModel
+
+    try:
+        unet = UNet2DModel.from_pretrained(str(resolve(path)), use_safetensors=True)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError("networks.path", "must hold a diffusers UNet2DModel", path, first) from error
+    if tame:
+        tame_time(unet)
+    return UNet2D(unet, sigma_data, sigma_min, sigma_max, has_null)
+
+
+def resolve(path: str) -> str | Path:
+    """`asset:<name>` -> the folder inside this package; anything else stays as it is."""
+    if path.startswith("asset:"):
+        return Path(__file__).parents[1] / "assets" / path.removeprefix("asset:")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,0 +1,163 @@
+"""Closed-form networks: Gaussian and mixture denoisers, and the Gaussian's flow map, generator and signal map.
+
+For x0 ~ N(mu, s^2) per coordinate the denoiser is affine and the PF-ODE map closed:
+x_s = alpha(s) mu + (x_t - alpha(t) mu) q(s) / q(t), q(t)^2 = alpha(t)^2 s^2 + sigma(t)^2.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.errors import UserError
+from diffdistill.process import VELOCITY, X0, X0_AT_T_MIN, BoundaryF, F, Kind, NoiseProcess, expand
+
+Form = Literal["denoiser", "flow_map", "flow_map_f", "average", "generator", "signal"]
+
+
+class _Analytic(nn.Module):
+    """What exact networks share: state and time are fed as they are."""
+
+    process: NoiseProcess
+    kind: Kind
+    null: Cond | None
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [self]
+
+    def scale(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def time(self, t: Tensor) -> Tensor:
+        return t
+
+
+class Gaussian(_Analytic):
+    """Data N(mean, std^2) per class and coordinate, and every map of it that a student may have to learn.
+
+    mean, std: [rows][dim]; one row is unconditional, more rows are classes, the last of them the null condition.
+    trainable: the two are parameters, so copies of the network are legal students; else they are fixed and copies are
+    refused.  form: denoiser E[x0|x_t]; flow_map to t_min as an x0 prediction; flow_map_f the same as raw F output;
+    average velocity over [s, t]; generator mean + std z with z = x_t / sigma_t; signal map of the trajectory from z.
+    """
+
+    def __init__(
+        self,
+        process: NoiseProcess,
+        mean: Sequence[Sequence[float]],
+        std: Sequence[Sequence[float]],
+        trainable: bool = False,
+        form: Form = "denoiser",
+        dtype: str = "float64",
+    ) -> None:
+        super().__init__()
+        means = torch.tensor([list(row) for row in mean], dtype=getattr(torch, dtype))
+        stds = torch.tensor([list(row) for row in std], dtype=getattr(torch, dtype))
+        if means.shape != stds.shape or means.ndim != 2 or not (stds > 0).all():
+            raise UserError("networks.std", "must be positive and shaped like mean", stds.tolist(), "Mend the lists.")
+        self.process, self.closed_form, self.form = process, not trainable, form
+        self.mean, self.std = nn.Parameter(means, trainable), nn.Parameter(stds, trainable)
+        rows = means.shape[0]
+        self.null = {"label": torch.tensor([rows - 1])} if rows > 1 else None
+        self.dim = means.shape[1]
+
+    @property
+    def kind(self) -> Kind:  # type: ignore[override]
+        kinds = {"flow_map": X0_AT_T_MIN, "flow_map_f": self._boundary, "average": VELOCITY}
+        return kinds.get(self.form, X0)
+
+    @property
+    def _boundary(self) -> Kind:
+        alpha, sigma = self.process.alpha_sigma(torch.tensor([self.process.t_min], dtype=torch.float64))
+        ratio = float(sigma / alpha)
+        return BoundaryF(sigma_data=0.5, sigma_min=ratio) if ratio > 0 else F(sigma_data=0.5)
+
+    def seen_as(self, form: Form) -> Gaussian:
+        """A copy (sharing nothing) that computes another map of the same law."""
+        twin = copy.deepcopy(self)
+        twin.form = form
+        return twin
+
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        mean, std = self._law(x, cond)
+        t_min = torch.full_like(t_net, self.process.t_min)
+        if self.form == "generator":
+            return mean + std * x / expand(self.process.alpha_sigma(t_net)[1], x)
+        if self.form == "signal":
+            return self._signal(x, t_net, mean, std)
+        if self.form == "flow_map":
+            return self._moved(x, t_net, t_min, mean, std)
+        if self.form == "flow_map_f":
+            c_x, c_pred = self.kind.x0_from(self.process, t_net)
+            return (self._moved(x, t_net, t_min, mean, std) - expand(c_x, x) * x) / expand(c_pred, x)
+        if self.form == "average":
+            return self._average(x, t_net, cond["s"].to(t_net.dtype), mean, std)
+        return self._denoised(x, t_net, mean, std)
+
+    def _law(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        row = cond["label"] if self.mean.shape[0] > 1 else torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        return self.mean[row].to(x.dtype).view(x.shape), self.std[row].to(x.dtype).view(x.shape)
+
+    def _denoised(self, x: Tensor, t: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        alpha, sigma = (expand(value, x) for value in self.process.alpha_sigma(t))
+        gain = alpha * std.square() / (alpha.square() * std.square() + sigma.square())
+        return mean + gain * (x - alpha * mean)
+
+    def _moved(self, x: Tensor, t: Tensor, s: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        alpha_t, sigma_t = (expand(value, x) for value in self.process.alpha_sigma(t))
+        alpha_s, sigma_s = (expand(value, x) for value in self.process.alpha_sigma(s))
+        ratio = torch.hypot(alpha_s * std, sigma_s) / torch.hypot(alpha_t * std, sigma_t)
+        return alpha_s * mean + ratio * (x - alpha_t * mean)
+
+    def _average(self, x: Tensor, t: Tensor, s: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        still = (t == s).view(-1, *[1] * (x.ndim - 1))
+        span = expand(torch.where(t == s, torch.ones_like(t), t - s), x)
+        velocity = self.process.convert(self._denoised(x, t, mean, std), x, t, X0, VELOCITY)
+        return torch.where(still, velocity, (x - self._moved(x, t, s, mean, std)) / span)
+
+    def _signal(self, x: Tensor, t: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+        t_max = torch.full_like(t, self.process.t_max)
+        z = x / expand(self.process.alpha_sigma(t_max)[1], x)
+        alpha, sigma = (expand(value, x) for value in self.process.alpha_sigma(t))
+        return (self._moved(x, t_max, t, mean, std) - sigma * z) / alpha
+
+
+class Mixture(_Analytic):
+    """Equal-weight isotropic Gaussians; a class is one of them, the null condition the whole mixture.
+
+    centres: [modes][dim]; std: of each mode.
+    """
+
+    closed_form = True
+
+    def __init__(self, process: NoiseProcess, centres: Sequence[Sequence[float]], std: float) -> None:
+        super().__init__()
+        self.process, self.kind = process, X0
+        self.register_buffer("centres", torch.tensor([list(row) for row in centres], dtype=torch.float64))
+        self.std, self.dim = std, len(centres[0])
+        self.null: Cond | None = {"label": torch.tensor([len(centres)])}
+
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        """D(x, t, cond), [B, dim]; label == number of modes is the null condition."""
+        alpha, sigma = (expand(value, x) for value in self.process.alpha_sigma(t_net))
+        centres = self.centres.to(x.dtype)
+        spread = (alpha * self.std).square() + sigma.square()
+        offsets = x[:, None] - alpha[..., None] * centres  # [B, modes, dim]
+        logits = -offsets.square().sum(-1) / (2 * spread)
+        number = torch.arange(len(centres), device=x.device)
+        excluded = (cond["label"][:, None] != number) & (cond["label"][:, None] < len(centres))
+        weights = torch.softmax(logits.masked_fill(excluded, float("-inf")), -1)
+        means = centres + (alpha * self.std**2 / spread)[..., None] * offsets
+        return (weights[..., None] * means).sum(1)
+
+
+def circle(num_modes: int = 8, radius: float = 1.0) -> list[list[float]]:
+    """Centres of equal modes on a circle."""
+    angles = torch.arange(num_modes, dtype=torch.float64) * (2 * torch.pi / num_modes)
+    return torch.stack([radius * angles.cos(), radius * angles.sin()], -1).tolist()

@@ -1,0 +1,308 @@
+"""Roles and the Networks that play them: builds, freezes, shares, averages; role name -> view."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond, Denoiser, Guidance
+from diffdistill.errors import UserError
+from diffdistill.networks.codec import PIXELS, Codec
+from diffdistill.networks.discriminator import Heads, Scalar
+from diffdistill.networks.ema import Constant, Ema, Rate
+from diffdistill.networks.inputs import EmbeddingWithInputs
+from diffdistill.networks.lora import LoraLayer, LoraSpec, adapt, merge
+
+Build = Literal["denoiser", "heads", "scalar"]
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a method asks of one of its networks.
+
+    init: role whose weights it starts from; None for heads and scalars, which start fresh.
+    trainable: an optimizer steps it.  writable: frozen, but a Transition writes it, so it has weights of its own.
+    ema_of, ema: the weights are a moving average of that role's, at this rate per update.
+    build: denoiser | heads (on features of role `reads`) | scalar (a function of time).
+    layers: indices into blocks that heads read; empty means the middle one.
+    inputs: extra scalar inputs (w, s, step).  modes: legal values of `roles.<role>=`, the default first.
+    """
+
+    init: str | None = "teacher"
+    trainable: bool = True
+    writable: bool = False
+    ema_of: str | None = None
+    ema: float | Rate | None = None
+    build: Build = "denoiser"
+    reads: str | None = None
+    layers: tuple[int, ...] = ()
+    inputs: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ("copy", "lora")
+
+    @property
+    def owns_weights(self) -> bool:
+        return self.trainable or self.writable or self.ema_of is not None
+
+
+class Networks:
+    """The networks of one run. `networks[name]` is the view of a role: a Denoiser, Heads or a Scalar.
+
+    teacher: the pretrained network (a module; frozen here).  roles: from the distiller's class.  modes: role -> copy
+    or lora.  shape: [*sample] of what is denoised.  cond: an example condition with batch 1.  guidance: a scale and an
+    optional interval for the views of teacher and target.  Look views up when they are used, not once: a Transition
+    may change them.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        roles: Mapping[str, Role],
+        shape: tuple[int, ...],
+        cond: Cond,
+        modes: Mapping[str, str] | None = None,
+        lora: LoraSpec | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        codec: Codec = PIXELS,
+    ) -> None:
+        self.teacher, self.roles, self.shape, self.cond, self.codec = teacher, dict(roles), shape, cond, codec
+        self.modes = self._check_modes(modes or {})
+        self.lora = lora or LoraSpec()
+        self._views: dict[str, Any] = {}
+        self._modules: dict[str, nn.Module] = {}
+        self._averages: dict[str, Ema] = {}
+        teacher.requires_grad_(False).eval()
+        guidance = self._guidance(guidance_scale, guidance_interval)
+        self._views["teacher"] = Denoiser(teacher, "teacher").guided(guidance)
+        # copies first: they must not carry the adapters of the roles that share the backbone
+        for mode in ("copy", "lora"):
+            for name, role in self.roles.items():
+                if role.build == "denoiser" and name != "teacher" and self.modes[name] == mode:
+                    self._build_denoiser(name, role, guidance)
+        for name, role in self.roles.items():
+            if role.build == "heads":
+                self._build_heads(name, role)
+            elif role.build == "scalar":
+                self._modules[name] = self._views[name] = Scalar().to(self._device)
+        for name, role in self.roles.items():
+            if role.ema_of is not None:
+                rate = role.ema if callable(role.ema) else Constant(0.0 if role.ema is None else role.ema)
+                self._averages[name] = Ema(self.weights(role.ema_of), rate, self.weights(name))
+        self.train_only(())
+
+    # -- views ------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Any:
+        return self._views[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._views
+
+    @property
+    def trainable(self) -> tuple[str, ...]:
+        """Names of the roles an optimizer steps."""
+        return tuple(name for name, role in self.roles.items() if role.trainable and name != "teacher")
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of states: float64 for a float64 teacher, else float32 (frozen weights may be narrower)."""
+        wide = any(p.dtype == torch.float64 for p in self.teacher.parameters())
+        return torch.float64 if wide else torch.float32
+
+    def weights(self, name: str) -> list[nn.Parameter]:
+        """The parameters that belong to role `name` alone: all of a copy, the adapters and inputs in lora mode."""
+        return list(self._modules[name].parameters())
+
+    def named_weights(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        return list(self._modules[name].named_parameters())
+
+    def state(self, name: str) -> dict[str, Tensor]:
+        """Role `name`'s own weights by name."""
+        return dict(self._modules[name].state_dict())
+
+    def load(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Write role `name`'s own weights; names and shapes must match."""
+        self._modules[name].load_state_dict(dict(state))
+
+    @property
+    def owned(self) -> tuple[str, ...]:
+        """Names of the roles with weights of their own."""
+        return tuple(self._modules)
+
+    def standalone(self, name: str) -> Any:
+        """A copy of role `name`'s network with its adapter folded in and no other role's (for export)."""
+        network = copy.deepcopy(self._views[name].network)
+        merge(network, name)
+        return network
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def train_only(self, names: Sequence[str]) -> None:
+        """requires_grad and dropout on exactly the weights of these roles."""
+        for name, module in self._modules.items():
+            active = name in names
+            module.requires_grad_(active)
+            if self.modes.get(name) != "lora":
+                module.train(active)
+
+    def zero_grad(self) -> None:
+        for module in self._modules.values():
+            for parameter in module.parameters():
+                parameter.grad = None
+
+    def update_ema(self, trained: Sequence[str]) -> None:
+        """One update of every average whose source was just stepped."""
+        for name, average in self._averages.items():
+            source = self.roles[name].ema_of if name in self.roles else name.removeprefix("average/")
+            if source in trained:
+                average.update()
+
+    def track(self, name: str, rate: Rate) -> None:
+        """Keep an evaluation average of role `name`."""
+        self._averages[f"average/{name}"] = Ema(self.weights(name), rate)
+
+    def averages(self) -> dict[str, Ema]:
+        """Evaluation averages by role name."""
+        return {k.removeprefix("average/"): v for k, v in self._averages.items() if k.startswith("average/")}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within the context, roles with an evaluation average hold it."""
+        with ExitStack() as stack:
+            for average in self.averages().values():
+                stack.enter_context(average.swapped())
+            yield
+
+    def compile(self) -> None:
+        """torch.compile every network in place, once per distinct module."""
+        for network in {id(v.network): v.network for v in self._views.values() if isinstance(v, Denoiser)}.values():
+            network.compile()
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over ranks, the only collective a method may call; identity on one process."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return x
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    @torch.no_grad()
+    def copy(self, source: str, target: str) -> None:
+        """Write `source`'s own weights into `target`, a role of the same mode with weights of its own.
+
+        The target then is that student: guidance, already inside the student, leaves its view.
+        """
+        if self.modes.get(source) != self.modes.get(target):
+            raise UserError(
+                f"roles.{target}",
+                f"must be {self.modes[source]} like {source}, which is copied into it",
+                self.modes[target],
+                f"Set roles.{target}={self.modes[source]}.",
+            )
+        state = {key.replace(f".{source}.", f".{target}."): value for key, value in self.state(source).items()}
+        self.load(target, state)
+        if isinstance(self._views[target], Denoiser):
+            self._views[target] = self._views[target].guided(None)
+
+    def restart_averages(self, name: str) -> None:
+        """Begin again every average of role `name`."""
+        for key, average in self._averages.items():
+            if key == f"average/{name}" or (key in self.roles and self.roles[key].ema_of == name):
+                average.restart()
+
+    # -- construction -----------------------------------------------------------------------------------------
+
+    @property
+    def _device(self) -> torch.device:
+        tensors = [*self.teacher.parameters(), *self.teacher.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def _guidance(self, scale: float, interval: tuple[float, float] | None) -> Guidance | None:
+        if scale == 1.0:
+            return None
+        if self.teacher.null is None:
+            raise UserError(
+                "guidance.scale", "needs a network with a null condition", scale, "Set guidance.scale=1 for this one."
+            )
+        null = {key: value.to(self._device) for key, value in self.teacher.null.items()}
+        return Guidance(scale, null, interval)
+
+    def _check_modes(self, modes: Mapping[str, str]) -> dict[str, str]:
+        for name, mode in modes.items():
+            if name not in self.roles:
+                raise UserError(f"roles.{name}", f"must be one of {sorted(self.roles)}", mode, "Mend the role's name.")
+            if mode not in self.roles[name].modes:
+                legal = ", ".join(self.roles[name].modes)
+                raise UserError(f"roles.{name}", f"must be one of: {legal}", mode, "This role is trained so or not.")
+        return {name: modes.get(name, role.modes[0]) for name, role in self.roles.items()}
+
+    def _build_denoiser(self, name: str, role: Role, guidance: Guidance | None) -> None:
+        if not role.owns_weights:
+            # frozen and never written: the teacher under another name
+            self._views[name] = Denoiser(self.teacher, name).guided(guidance)
+            return
+        if self.teacher.closed_form:
+            raise UserError(
+                "networks", f"must be trainable, role {name} needs weights", "a closed-form network", "Use another one."
+            )
+        if self.modes[name] == "copy":
+            source = self.teacher if role.init in (None, "teacher") else self._views[role.init].network
+            network = copy.deepcopy(source)
+            own: nn.Module = network
+            if role.inputs:
+                _with_inputs(network).add(name, role.inputs, network.embedding_width, network.time)
+        else:
+            network = self.teacher
+            own = nn.Module()
+            for index, layer in enumerate(adapt(network, name, self.lora)):
+                own.add_module(str(index), _RoleAdapter(layer, name))
+            if role.inputs:
+                inputs = _with_inputs(network).add(name, role.inputs, network.embedding_width, network.time)
+                own.add_module("inputs", inputs)
+        self._modules[name] = own
+        written_target = guidance if role.writable and name.startswith("target") else None
+        self._views[name] = Denoiser(network, name).guided(written_target)
+
+    @torch.no_grad()
+    def _build_heads(self, name: str, role: Role) -> None:
+        view: Denoiser = self._views[role.reads or "teacher"]
+        layers = role.layers or (len(view.network.blocks) // 2,)
+        weight = next(view.network.parameters())
+        x = torch.zeros(1, *self.shape, device=weight.device, dtype=weight.dtype)
+        t = torch.full((1,), view.process.t_max, device=weight.device)
+        cond = {key: value.to(weight.device) for key, value in self.cond.items()}
+        found = view.features(x, t, cond, layers)
+        heads = Heads({layer: feature.shape[1:] for layer, feature in zip(layers, found, strict=True)})
+        self._modules[name] = self._views[name] = heads.to(weight.device)
+
+
+class _RoleAdapter(nn.Module):
+    """One role's part of a LoraLayer, so that a role's weights are a module of their own."""
+
+    def __init__(self, layer: LoraLayer, role: str) -> None:
+        super().__init__()
+        self.down, self.up = layer.down[role], layer.up[role]
+
+
+def _with_inputs(network: Any) -> EmbeddingWithInputs:
+    """The network's time embedding, wrapped in place once."""
+    *path, leaf = network.embedding_name.split(".")
+    parent = network.get_submodule(".".join(path))
+    embedding = getattr(parent, leaf)
+    if not isinstance(embedding, EmbeddingWithInputs):
+        embedding = EmbeddingWithInputs(embedding)
+        setattr(parent, leaf, embedding)
+    return embedding
+
+

@@ -1,0 +1,278 @@
+"""The verbs train, sample, evaluate and export as functions: from a checked configuration to files in run_dir."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from diffdistill import checkpoint
+from diffdistill.config import build
+from diffdistill.data import Data
+from diffdistill.denoiser import Denoiser
+from diffdistill.distillers.base import Distiller
+from diffdistill.errors import UserError
+from diffdistill.evaluation import harness, plots
+from diffdistill.evaluation.harness import Evaluation
+from diffdistill.export import write as write_pipeline
+from diffdistill.networks.roles import Networks
+from diffdistill.solvers import OdeSampler, Sampler
+from diffdistill.trainer import Outcome, Progress, Trainer
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a configuration builds. needs: what the method asks of data and teacher. sampler: the teacher's."""
+
+    data: Data
+    networks: Networks
+    distiller: Distiller
+    needs: frozenset[str]
+    sampler: OdeSampler
+
+
+def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> Recipe:
+    """Build data, networks and the method of a train configuration, and check that they fit each other.
+
+    Raises UserError if the method needs what data or teacher lack.
+    """
+    data: Data = build(settings["data"])
+    teacher = build(settings["networks"]).to(device)
+    part = build(settings["distiller"])
+    needs, roles = part.func.needs(**part.keywords), part.func.roles(**part.keywords)
+    has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
+    if missing := sorted(needs - has):
+        raise UserError(
+            "distiller", f"needs {', '.join(missing)}", f"data={data.name}, which provides {sorted(has)}", "Change one."
+        )
+    guidance = settings["guidance"]
+    interval = guidance.get("interval")
+    example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}
+    networks = Networks(
+        teacher,
+        roles,
+        data.shape,
+        example,
+        modes=dict(settings["roles"]),
+        lora=build(settings["lora"]),
+        guidance_scale=float(guidance["scale"]),
+        guidance_interval=None if interval is None else (float(interval[0]), float(interval[1])),
+    )
+    distiller = build(settings["distiller"], networks=networks)
+    sampler = build(settings["sampler"])(networks["teacher"] if "teacher" in networks else Denoiser(teacher))
+    return Recipe(data, networks, distiller, needs, sampler)
+
+
+def train(
+    data: DictConfig,
+    networks: DictConfig,
+    sampler: DictConfig,
+    distiller: DictConfig,
+    trainer: DictConfig,
+    evaluation: DictConfig | None,
+    run_dir: str,
+    precision: Literal["fp32", "bf16"] | None,
+    guidance: DictConfig,
+    roles: DictConfig,
+    lora: DictConfig,
+    compile: bool,
+    dry_run: bool,
+) -> dict[str, Any] | None:
+    """Train, evaluate and export one run; returns its summary (also in run_dir/summary.json).
+
+    Everything a user can get wrong is checked before the first step; with dry_run that is all that happens.
+    """
+    settings = dict(locals())
+    folder = Path(run_dir)
+    refuse_occupied(folder)
+    accelerator = _accelerator(precision)
+    device = torch.device("meta") if dry_run else accelerator.device
+    with torch.device("meta") if dry_run else torch.device("cpu"):
+        recipe = assemble(settings, device)
+    loop: Trainer = build(trainer)
+    judge: Evaluation | None = build(evaluation)
+    loop.check_roles(recipe.networks)
+    teacher_figures: dict[str, Any] = {}
+    if judge is not None:
+        judge.check(recipe.data)
+        if judge.teacher == "card":
+            teacher_figures = harness.read_card(*_card(networks), judge, recipe.data)
+    if dry_run:
+        Console().print("dry run: the configuration is good, nothing was trained.")
+        return None
+    run = Run(folder, settings, recipe, loop, judge, teacher_figures)
+    if compile:
+        recipe.networks.compile()
+    return run.execute(accelerator)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """A run never writes over another."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("run_dir", "must be new or empty", str(folder), "Name another folder, or move this one away.")
+
+
+class Run:
+    """One training run and what it writes into its folder."""
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        recipe: Recipe,
+        trainer: Trainer,
+        evaluation: Evaluation | None,
+        teacher_figures: dict[str, Any],
+    ) -> None:
+        self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
+        self.evaluation, self.teacher_figures = evaluation, teacher_figures
+        self.console = Console()
+
+    def execute(self, accelerator: Accelerator) -> dict[str, Any]:
+        """Train with a progress bar, then save, evaluate, export and print the summary."""
+        self._open()
+        recipe = self.recipe
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=self.console, transient=True) as bar:
+            task = bar.add_task("training", total=self.trainer.steps)
+
+            def log(step: int, figures: Mapping[str, float]) -> None:
+                with (self.folder / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps({"step": step, **figures}) + "\n")
+                shown = [f"{k} {v:.3g}" for k, v in figures.items() if "/" in k and not k.startswith(("lr", "time"))]
+                bar.update(task, completed=step, description="  ".join(shown[:3]))
+
+            progress = Progress(log, self._save, self._evaluate_interim)
+            every = self.evaluation.every if self.evaluation else 0
+            outcome = self.trainer.fit(
+                recipe.distiller, recipe.networks, recipe.data, recipe.needs, accelerator, progress, every
+            )
+        self._save(self.trainer.steps)
+        return self._conclude(outcome)
+
+    def _open(self) -> None:
+        try:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+            plain = {k: v for k, v in self.settings.items() if k not in ("dry_run",)}
+            header = f"# schema {SCHEMA}\n"
+            (self.folder / "config.yaml").write_text(header + OmegaConf.to_yaml(OmegaConf.create(plain)))
+        except OSError as error:
+            raise UserError("run_dir", "must be writable", self.folder, str(error)) from error
+
+    def _save(self, step: int) -> None:
+        checkpoint.save(self.recipe.networks, self.folder / "checkpoints", step)
+
+    def _evaluate_interim(self, step: int) -> None:
+        assert self.evaluation is not None
+        with self.recipe.networks.averaged():
+            self._picture(step)
+            figures, _ = self._figures(self.recipe.distiller.generator, harness.interim(self.evaluation))
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **{f"evaluation/{k}": v for k, v in figures.items()}}) + "\n")
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float))
+        self.console.print(f"step {step}: {shown}")
+
+    def _figures(self, sampler: Sampler, evaluation: Evaluation) -> tuple[dict[str, Any], Any]:
+        networks = self.recipe.networks
+        return harness.evaluate(sampler, self.recipe.data, evaluation, networks.device, networks.dtype)
+
+    def _picture(self, step: int) -> None:
+        picture(self.recipe, self.recipe.distiller.generator, 64, 0, self.folder / "samples" / f"step-{step:08d}.png")
+
+    def _conclude(self, outcome: Outcome) -> dict[str, Any]:
+        recipe = self.recipe
+        summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}
+        with recipe.networks.averaged():
+            self._picture(self.trainer.steps)
+            if self.evaluation is not None:
+                self.console.print(f"evaluating on {self.evaluation.num_samples} samples ...")
+                summary["student"], protocol = self._figures(recipe.distiller.generator, self.evaluation)
+                summary["protocol"] = protocol.to_json()
+                if self.evaluation.teacher == "fresh":
+                    summary["teacher"], _ = self._figures(recipe.sampler, self.evaluation)
+            exported = write_pipeline(recipe, self.folder / "pipeline", self.settings, summary)
+        summary |= {
+            "wall_seconds": round(outcome.seconds, 2),
+            "iterations": self.trainer.steps,
+            "peak_memory_bytes": outcome.peak_bytes,
+        }
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        self._print(summary, exported)
+        return summary
+
+    def _print(self, summary: Mapping[str, Any], exported: Path) -> None:
+        columns = [(name, summary[name]) for name in ("teacher", "student") if summary[name]]
+        if columns:
+            self.console.print(harness.table(columns))
+        self.console.print(
+            f"trained {summary['iterations']} steps in {summary['wall_seconds']} s; "
+            f"peak live tensors {summary['peak_memory_bytes'] / 2**20:.1f} MiB"
+        )
+        self.console.print("look at next:")
+        for path in (sorted((self.folder / "samples").iterdir())[-1], self.folder / "summary.json", exported):
+            self.console.print(f"  {path}", soft_wrap=True, highlight=False)
+
+
+def picture(recipe: Recipe, sampler: Sampler, num: int, seed: int, path: Path) -> None:
+    """Draw a grid of samples (images) or a scatter plot (points)."""
+    networks, data = recipe.networks, recipe.data
+    samples, _ = harness.draw(sampler, data, num if len(data.shape) == 3 else 2000, seed, 500, networks.device, networks.dtype)
+    if len(data.shape) == 3:
+        plots.sample_grid(samples, path)
+    else:
+        plots.scatter(samples, data.reference().data, path)
+
+
+def load_run(run: str) -> tuple[Recipe, Mapping[str, Any]]:
+    """A finished run's recipe with its averaged weights, and its settings."""
+    folder = Path(run)
+    if not (folder / "config.yaml").is_file():
+        raise UserError("run", "must be a folder that `diffdistill train` wrote", run, "Look for its config.yaml.")
+    settings = OmegaConf.load(folder / "config.yaml")
+    assert isinstance(settings, DictConfig)
+    recipe = assemble(settings)  # type: ignore[arg-type]
+    checkpoint.load_averaged(recipe.networks, checkpoint.latest(folder / "checkpoints"))
+    return recipe, settings  # type: ignore[return-value]
+
+
+def _accelerator(precision: str | None) -> Accelerator:
+    if precision is None:
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
+    if accelerator.num_processes > 1:
+        raise UserError(
+            "accelerate launch", "trains on one process so far", accelerator.num_processes, "Start one process."
+        )
+    return accelerator
+
+
+@functools.cache
+def _file_sha256(path: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _card(networks: Mapping[str, Any]) -> tuple[Path, str]:
+    """Where the teacher's card lies and the hash of its weights."""
+    from diffdistill.networks.diffusers import resolve
+
+    folder = Path(resolve(str(networks.get("path", ""))))
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    if not weights.is_file():
+        raise UserError(
+            "evaluation.teacher", "card needs shipped weights", networks.get("_target_"), "Set it to fresh or none."
+        )
+    return folder / "metrics.json", _file_sha256(weights)

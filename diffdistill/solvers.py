@@ -1,0 +1,182 @@
+"""PF-ODE solver steps, time grids and the many-step sampler. Steps take t and s of shape [B]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
+from diffdistill.process import VELOCITY, VP, NoiseProcess, expand
+from diffdistill.rng import Rng
+
+Solver = Callable[[Denoiser, Tensor, Tensor, Tensor, Cond], Tensor]
+
+
+def ddim(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """Move x_t from t to s < t along the PF-ODE, holding the x0 prediction fixed.
+
+    x_t: [B, *shape]; t, s: [B] times of `denoiser.process`. Returns x_s. First order; exact for a point mass.
+    Source: Song et al. 2021, arXiv:2010.02502, eq. 12.
+    """
+    return denoiser.process.jump(x_t, denoiser(x_t, t, cond), t, s)
+
+
+def euler(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """Move x_t from t to s < t with the velocity at t. First order in t; equals ddim for EDM and rectified flow."""
+    return x_t + expand(s - t, x_t) * denoiser.predict(x_t, t, cond, VELOCITY)
+
+
+def heun(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """Move x_t from t to s < t with the mean of the velocities at both ends; second order, two calls.
+
+    Source: Karras et al. 2022, arXiv:2206.00364, algorithm 1.
+    """
+    velocity = denoiser.predict(x_t, t, cond, VELOCITY)
+    x_s = x_t + expand(s - t, x_t) * velocity
+    return x_t + expand((s - t) / 2, x_t) * (velocity + denoiser.predict(x_s, s, cond, VELOCITY))
+
+
+@dataclass
+class DPMpp2M:
+    """DPM-Solver++(2M): DDIM with the x0 prediction extrapolated from the previous step; second order, one call.
+
+    Holds the previous x0 and time of one trajectory: make one per trajectory (`start`). The step to sigma = 0 is
+    DDIM's, as in the paper's code. Source: Lu et al. 2022, arXiv:2211.01095, algorithm 2.
+    """
+
+    previous: tuple[Tensor, Tensor] | None = None
+
+    def start(self) -> DPMpp2M:
+        return DPMpp2M()
+
+    def __call__(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """Move x_t from t to s < t, [B, *shape]; t, s: [B]."""
+        process = denoiser.process
+        x0 = denoiser(x_t, t, cond)
+        target = x0
+        if self.previous is not None:
+            x0_before, before = self.previous
+            # half log-SNR: lambda = log(alpha / sigma) = -log tan(angle)
+            lambdas = [-torch.log(torch.tan(process.angle(time))) for time in (before, t, s)]
+            ratio = (lambdas[1] - lambdas[0]) / (lambdas[2] - lambdas[1])
+            weight = torch.where(torch.isfinite(ratio) & (ratio > 0), 1 / (2 * ratio), torch.zeros_like(ratio))
+            target = x0 + expand(weight, x0) * (x0 - x0_before)
+        self.previous = (x0, t)
+        return process.jump(x_t, target, t, s)
+
+
+def karras(process: NoiseProcess, num_steps: int, rho: float = 7.0) -> tuple[float, ...]:
+    """Karras et al.'s grid on the noise-to-signal ratio: num_steps + 1 decreasing times, t_max to t_min.
+
+    Needs alpha(t_max) > 0 and t_min > 0. Source: arXiv:2206.00364, eq. 5.
+    """
+    ends = process.angle(torch.tensor([process.t_max, process.t_min], dtype=torch.float64)).tan().numpy()
+    if ends[0] > 1e8 or ends[1] <= 0:
+        raise UserError(
+            "grid",
+            "karras needs finite noise-to-signal ratios > 0 at both ends",
+            tuple(ends),
+            "Use uniform or logit_normal.",
+        )
+    high, low = ends ** (1 / rho)
+    levels = torch.from_numpy(np.linspace(high, low, num_steps + 1) ** rho)
+    return _ends_exact(process, process.time_at(torch.atan(levels)).tolist())
+
+
+def uniform(process: NoiseProcess, num_steps: int) -> tuple[float, ...]:
+    """Equal steps in t: num_steps + 1 decreasing times, t_max to t_min."""
+    return _ends_exact(process, np.linspace(process.t_max, process.t_min, num_steps + 1).tolist())
+
+
+def logit_normal(process: NoiseProcess, num_steps: int, mean: float = 0.0, std: float = 1.0) -> tuple[float, ...]:
+    """Quantiles of a logit-normal law of t on [t_min, t_max]: num_steps + 1 decreasing times.
+
+    Dense where training with that law is dense. Source: Esser et al. 2024, arXiv:2403.03206, section 3.1.
+    """
+    inner = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)[1:-1]
+    unit = torch.sigmoid(mean + std * torch.special.ndtri(inner))
+    times = (process.t_min + (process.t_max - process.t_min) * unit).tolist()
+    return _ends_exact(process, [process.t_max, *times, process.t_min])
+
+
+def trailing(process: NoiseProcess, num_steps: int) -> tuple[float, ...]:
+    """Equal steps counted back from t_max, t_min last: on DDPM's index the integers round(1000 i/n) - 1.
+
+    Source: Lin et al. 2024, arXiv:2305.08891, table 2.
+    """
+    if not isinstance(process, VP):
+        return uniform(process, num_steps)
+    count = process.num_steps
+    times = (np.round(np.arange(num_steps, 0, -1) * count / num_steps) - 1).clip(process.t_min, process.t_max)
+    return (*times.tolist(), process.t_min)
+
+
+def _ends_exact(process: NoiseProcess, times: list[float]) -> tuple[float, ...]:
+    return (process.t_max, *times[1:-1], process.t_min)
+
+
+class Sampler(Protocol):
+    """Anything evaluation can draw from: a student's Generator or the teacher's OdeSampler."""
+
+    @property
+    def nfe(self) -> int: ...
+
+    def sample(self, z: Tensor, cond: Cond, rng: Rng) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class OdeSampler:
+    """The teacher's many-step sampler: one solver over one grid, ending with the denoiser's x0 at the last time.
+
+    times: decreasing, at least two. The last step of Heun is a DDIM step to t_min, as in EDM's algorithm 1.
+    """
+
+    denoiser: Denoiser
+    solver: Solver
+    times: tuple[float, ...]
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample, guidance counted."""
+        passes = 1 if self.denoiser.guidance is None else 2
+        steps = len(self.times) - 1
+        return passes * (2 * steps - 1 if self.solver is heun else steps)
+
+    @torch.no_grad()
+    def sample(self, z: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        """Samples [B, *shape] from unit noise z; the ODE is deterministic, rng is not used."""
+        return sample(self.denoiser, self.solver, self.times, z, cond)
+
+
+def ode_sampler(
+    denoiser: Denoiser, solver: Solver, grid: Callable[[NoiseProcess, int], tuple[float, ...]], num_steps: int
+) -> OdeSampler:
+    """The sampler with num_steps steps of `solver` over `grid`, on the denoiser's own time range."""
+    if num_steps < 1:
+        raise UserError("sampler.num_steps", "must be >= 1", num_steps, "18 is a good number for Heun.")
+    return OdeSampler(denoiser, solver, grid(denoiser.process, num_steps))
+
+
+def sample(denoiser: Denoiser, solver: Solver, times: tuple[float, ...], z: Tensor, cond: Cond) -> Tensor:
+    """Integrate the PF-ODE from sigma(times[0]) z over `times`; gradients flow if enabled.
+
+    z: [B, *shape] unit noise. Returns the state at times[-1], where the last step is DDIM's (its end is x0 up to
+    t_min, and a second evaluation there would be wasted).
+    """
+    step = solver.start() if isinstance(solver, DPMpp2M) else solver
+    grid = [torch.full((z.shape[0],), time, dtype=_time_dtype(z), device=z.device) for time in times]
+    x = expand(denoiser.process.alpha_sigma(grid[0])[1], z) * z
+    for index, (t, s) in enumerate(zip(grid, grid[1:], strict=False)):
+        last = index == len(grid) - 2 and solver is heun
+        x = (ddim if last else step)(denoiser, x, t, s, cond)
+    return x
+
+
+def _time_dtype(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)

@@ -1,0 +1,75 @@
+"""Laws of training times: values that draw t [B] for a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffdistill.errors import UserError
+from diffdistill.process import NoiseProcess
+from diffdistill.rng import Rng
+from diffdistill.solvers import karras
+
+TimeLaw = Callable[[Rng, NoiseProcess, torch.dtype], Tensor]
+
+
+@dataclass(frozen=True)
+class LogNormal:
+    """log(sigma/alpha) ~ N(mean, std^2), clipped to the process's range. Karras et al. 2022, arXiv:2206.00364."""
+
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        if self.std <= 0:
+            raise UserError("std", "must be > 0", self.std, "Give a positive standard deviation.")
+
+    def __call__(self, rng: Rng, process: NoiseProcess, dtype: torch.dtype) -> Tensor:
+        level = torch.exp(self.mean + self.std * rng.normal((len(rng),), dtype))
+        return process.time_at(torch.atan(level))
+
+
+@dataclass(frozen=True)
+class UniformTime:
+    """t uniform on the share [low, high] of the process's range."""
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_share(self.low, self.high)
+
+    def __call__(self, rng: Rng, process: NoiseProcess, dtype: torch.dtype) -> Tensor:
+        share = self.low + (self.high - self.low) * rng.uniform((len(rng),), dtype)
+        return process.t_min + (process.t_max - process.t_min) * share
+
+
+@dataclass(frozen=True)
+class KarrasIndex:
+    """Uniform index on the Karras grid of num_times levels, within the share [low, high] of its ascending order.
+
+    DMD2's law for EDM teachers (arXiv:2405.14867): 1,000 levels, [.02, .98] for the student, all for the critic.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    num_times: int = 1000
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        _check_share(self.low, self.high)
+        if self.num_times < 2:
+            raise UserError("num_times", "must be >= 2", self.num_times, "The paper uses 1000.")
+
+    def __call__(self, rng: Rng, process: NoiseProcess, dtype: torch.dtype) -> Tensor:
+        grid = torch.tensor(karras(process, self.num_times - 1, self.rho)[::-1], dtype=dtype, device=rng.device)
+        first, last = round(self.low * (self.num_times - 1)), round(self.high * (self.num_times - 1))
+        return grid[first + rng.integers(last - first + 1, (len(rng),))]
+
+
+def _check_share(low: float, high: float) -> None:
+    if not 0 <= low < high <= 1:
+        raise UserError("low, high", "must satisfy 0 <= low < high <= 1", (low, high), "They are shares of the range.")

@@ -1,0 +1,1 @@
+"""Block-sparse attention kernels will live here; none is shipped yet."""
