@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from . import config_files
 from .cli import Verb, function_of
-from .config import call, open_role_keys, resolved
+from .config import call, prepared, resolved
 from .config_errors import explain
 from .errors import UserError
 
@@ -41,7 +41,7 @@ def run(verb: Verb, options: Mapping[str, str], overrides: Sequence[str]) -> int
     folder = options.get("--config-dir") or options.get("-cd")
     if folder is not None and not os.path.isdir(folder):
         raise UserError("--config-dir", "must name a folder", repr(folder), "Give the folder that holds your files.")
-    overrides = open_role_keys(overrides)
+    overrides = prepared(verb.config, overrides)
     given = overrides if folder is None else [f"hydra.searchpath=[file://{os.path.abspath(folder)}]", *overrides]
     statuses = [0]
 

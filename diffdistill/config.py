@@ -33,7 +33,7 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises UserError for every mistake in them.
     """
     try:
-        cfg = config_files.composed(verb, open_role_keys(overrides))
+        cfg = config_files.composed(verb, prepared(verb, overrides))
         return resolved(cfg, cfg.hydra)
     except Exception as error:
         message = explain(error, verb, overrides)
@@ -42,9 +42,17 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise message from error
 
 
-def open_role_keys(overrides: Sequence[str]) -> list[str]:
-    """The overrides, with those that set roles, roles.ROLE, init or init.ROLE allowed to add keys."""
-    return [_ROLE_KEYED.sub("++", text, count=1) if _ROLE_KEYED.match(text) else text for text in overrides]
+def prepared(verb: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides as Hydra needs them.
+
+    Those of the form roles.ROLE=... may add their key. A bare `train` is the default experiment; where data, networks
+    or distiller are chosen without an experiment, its settings would be another recipe's: experiment=none.
+    """
+    words = [_ROLE_KEYED.sub("++", text, count=1) if _ROLE_KEYED.match(text) else text for text in overrides]
+    named = any(re.match(r"[~+]*experiment\b", word) for word in words)
+    if verb == "train" and not named and any(re.match(r"(data|networks|distiller)=", word) for word in words):
+        words.append("experiment=none")
+    return words
 
 
 def override(key: str, value: Any) -> str:
@@ -74,6 +82,9 @@ def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
     if "run_dir" in cfg and cfg.run_dir is None:
         name = hydra_node.runtime.choices.get("experiment") or "run"
         cfg.run_dir = _default_run_dir(name, hydra_node.job.num if hydra_node.mode == RunMode.MULTIRUN else None)
+    if "command" in cfg and cfg.command is None:
+        words = [word for word in hydra_node.overrides.task if not word.startswith(("run_dir=", "dry_run="))]
+        cfg.command = " ".join(words)
     OmegaConf.resolve(cfg)
     return cfg
 

@@ -19,6 +19,20 @@ from diffdistill.networks.exact import circle
 from diffdistill.rng import Rng
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where data comes from and under which licence, for model cards."""
+
+    description: str
+    licence: str
+
+
+PROCEDURAL = Source("drawn by this package", "apache-2.0")
+SCANS = Source(
+    'scikit-learn\'s copy of the UCI "Optical Recognition of Handwritten Digits" scans (Alpaydin & Kaynak 1998)', "cc-by-4.0"
+)
+
+
 class Data(Protocol):
     """name: of the data set.  shape: [*sample].  provides: what a batch can hold, among x0, pair, trajectory."""
 
@@ -30,6 +44,8 @@ class Data(Protocol):
     def provides(self) -> frozenset[str]: ...
     @property
     def num_classes(self) -> int: ...
+    @property
+    def source(self) -> Source: ...
 
     def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
         """The micro-batch of samples rng.ids at step rng.step, on rng's device; global_batch: samples per step."""
@@ -73,6 +89,7 @@ class Digits:
     shape: tuple[int, ...] = (1, 8, 8)
     num_classes: int = 10
     provides: frozenset[str] = frozenset({"x0"})
+    source: Source = SCANS
 
     @cached_property
     def _scans(self) -> tuple[Tensor, Tensor]:
@@ -120,6 +137,7 @@ class Mixture2D:
     name: str = "gmm2d"
     shape: tuple[int, ...] = (2,)
     provides: frozenset[str] = frozenset({"x0"})
+    source: Source = PROCEDURAL
 
     @property
     def num_classes(self) -> int:
@@ -155,6 +173,7 @@ class GaussianData:
     std: Sequence[Sequence[float]] = ((1.3,),)
     name: str = "gauss"
     provides: frozenset[str] = frozenset({"x0"})
+    source: Source = PROCEDURAL
 
     @property
     def shape(self) -> tuple[int, ...]:

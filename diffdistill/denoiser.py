@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
-from diffdistill.networks.call import Call, current_call, enter
+from diffdistill.networks.call import Call, Pass, current_call, enter, note_pass
 from diffdistill.process import VELOCITY, X0, Kind, NoiseProcess, expand
 
 Cond = Mapping[str, Tensor]  # batch first; a null condition has batch 1 and is expanded
@@ -137,7 +137,10 @@ class Denoiser:
                 self._raw(x_t, t, t, cond)
             except _EarlyStop:
                 pass
-        return [features[layer][0] for layer in layers]
+        outputs = [features[layer][0] for layer in layers]
+        graph = any(output.requires_grad for output in outputs)
+        note_pass(Pass(self.role, len(x_t), graph, x_t.requires_grad and graph, tuple(layers)))
+        return outputs
 
     @contextmanager
     def _hooked(self, layers: Sequence[int], stop: bool) -> Iterator[dict[int, list[Tensor]]]:
@@ -176,7 +179,9 @@ class Denoiser:
     def _raw(self, x: Tensor, t_state: Tensor, t: Tensor, cond: Cond) -> Tensor:
         x_in = (expand(self.network.scale(t_state), x) * x).to(x.dtype)
         with enter(Call(self.role, t, cond.get("step"), cond.get("w"), cond.get("s"))):
-            return self.network(x_in, self.network.time(t), cond)
+            out = self.network(x_in, self.network.time(t), cond)
+        note_pass(Pass(self.role, len(x), out.requires_grad, x.requires_grad and out.requires_grad))
+        return out
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.protocol import Protocol
 from diffdistill.generator import Generator, fresh_from_t_min
-from diffdistill.networks.diffusers import UNet2D, resolve
+from diffdistill.networks.diffusers import UNet2D
+from diffdistill.networks.files import resolve
 from diffdistill.networks.inputs import EmbeddingWithInputs
+from diffdistill.networks.mlp import Mlp
 
 if TYPE_CHECKING:
     from diffdistill.run import Recipe
@@ -55,6 +57,8 @@ def refusal(recipe: Recipe) -> UserError | None:
     """Why this run cannot become a stock folder, or None."""
     generator = recipe.distiller.generator
     network = recipe.networks["student"].network
+    if isinstance(network, Mlp) and not isinstance(generator, Generator):
+        return None
     if not isinstance(network, UNet2D):
         return UserError(
             "export", "needs a network with a diffusers class", type(network).__name__, "Train a diffusers teacher."
@@ -204,10 +208,15 @@ def _write_model(recipe: Recipe, folder: Path, settings: Mapping[str, Any], summ
     import hashlib
 
     network = recipe.networks.standalone("student")
-    stock_unet(network, drop_null=False).save_pretrained(folder)
-    (folder / "README.md").write_text(_model_readme(recipe, settings, summary))
+    if isinstance(network, Mlp):
+        network.save(folder)
+        description = _MLP_DESCRIPTION
+    else:
+        stock_unet(network, drop_null=False).save_pretrained(folder)
+        description = _unet_description(network)
+    (folder / "README.md").write_text(_model_readme(recipe, description, settings, summary))
     if summary.get("student"):
-        weights = hashlib.sha256((folder / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+        weights = hashlib.sha256(next(folder.glob("*.safetensors")).read_bytes()).hexdigest()
         figures, protocol = dict(summary["student"]), Protocol.from_json(summary["protocol"])
         harness.write_card(folder / "metrics.json", figures, protocol, weights, _command(settings))
 
@@ -242,24 +251,30 @@ Licence of the teacher: {_licence(teacher)}. The student is derived from it.
 """
 
 
-def _model_readme(recipe: Recipe, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
-    network = recipe.networks["student"].network
-    kind, process = network.kind, network.process
-    null = f"Class row {network.num_classes - 1} is the null condition (label dropout)." if network.null else ""
+def _model_readme(recipe: Recipe, description: str, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    source = recipe.data.source
     return f"""---
-license: cc-by-4.0
-library_name: diffusers
+license: {source.licence}
 ---
 # Denoiser of {recipe.data.name}
 
-A stock `diffusers.UNet2DModel` under the process and scalings of `CMStochasticIterativeScheduler` with sigma_min
-{process.t_min}, sigma_max {process.t_max}, sigma_data {kind.sigma_data}: x0 = c_skip x + c_out F(x / sqrt(sigma^2 +
-sigma_data^2), 250 ln sigma). Pixels lie in [-1, 1]. {null}
+{description}
 
-Made by `{_command(settings)}`. Training data: scikit-learn's copy of the UCI "Optical Recognition of Handwritten Digits"
-scans (Alpaydin & Kaynak 1998, CC BY 4.0).
+Made by `{_command(settings)}`. Training data: {source.description}.
 
 {_figures(summary)}"""
+
+
+_MLP_DESCRIPTION = """An MLP of this package (`diffdistill.networks.mlp.mlp(path)`): config.json holds its shape, the process is EDM, the
+raw output F: x0 = c_skip x + c_out F(x / sqrt(sigma^2 + sigma_data^2), ln(sigma) / 4)."""
+
+
+def _unet_description(network: UNet2D) -> str:
+    process, kind = network.process, network.kind
+    null = f" Class row {network.num_classes - 1} is the null condition (label dropout)." if network.null else ""
+    return f"""A stock `diffusers.UNet2DModel` under the process and scalings of `CMStochasticIterativeScheduler` with sigma_min
+{process.t_min}, sigma_max {process.t_max}, sigma_data {kind.sigma_data}:
+x0 = c_skip x + c_out F(x / sqrt(sigma^2 + sigma_data^2), 250 ln sigma). Pixels lie in [-1, 1].{null}"""
 
 
 def _figures(summary: Mapping[str, Any]) -> str:
@@ -276,7 +291,7 @@ def _figures(summary: Mapping[str, Any]) -> str:
 
 
 def _command(settings: Mapping[str, Any]) -> str:
-    return f"diffdistill train experiment={settings.get('experiment_name', 'NAME')}"
+    return f"diffdistill train {settings['command']}".rstrip()
 
 
 def _licence(teacher: str) -> str:

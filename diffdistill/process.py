@@ -26,6 +26,11 @@ def expand(t: Tensor, x: Tensor) -> Tensor:
     return t.to(torch.promote_types(x.dtype, torch.float32)).view(-1, *[1] * (x.ndim - 1))
 
 
+def _held(t: Tensor, low: float, high: float) -> Tensor:
+    """t held within [low, high]; its derivative passes, for rounding beyond an end must not stop a tangent there."""
+    return t.clamp(low, high).detach() + (t - t.detach())
+
+
 @dataclass(frozen=True)
 class NoiseProcess(ABC):
     """x_t = alpha(t) x0 + sigma(t) eps for t in [t_min, t_max]; the angle atan2(sigma, alpha) increases with t.
@@ -70,7 +75,7 @@ class NoiseProcess(ABC):
             t0 = (low + high) / 2
             slope = jvp(self.angle, (t0,), (torch.ones_like(t0),))[1].to(phi.dtype)
             residual_free = self.angle(t0).to(phi.dtype)
-        return (t0.to(phi.dtype) + (phi - residual_free) / slope).clamp(self.t_min, self.t_max)
+        return _held(t0.to(phi.dtype) + (phi - residual_free) / slope, self.t_min, self.t_max)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps, [B, ...]."""
@@ -95,7 +100,7 @@ class NoiseProcess(ABC):
         """
         alpha_t, sigma_t = self.alpha_sigma(t)
         alpha_s, sigma_s = self.alpha_sigma(s)
-        ratio = sigma_s / sigma_t
+        ratio = torch.where(t == s, torch.ones_like(sigma_t), sigma_s / sigma_t)  # 0 / 0 where both are clean
         return expand(ratio, x_t) * x_t + expand(alpha_s - alpha_t * ratio, x_t) * x0
 
     def convert(self, pred: Tensor, x_t: Tensor, t: Tensor, source: Kind, target: Kind) -> Tensor:
@@ -103,10 +108,10 @@ class NoiseProcess(ABC):
 
         pred, x_t: [B, ...]; t: [B]. Computed in float32 at least, in float64 if x_t is.
         """
-        if source == target:
-            return pred
         dtype = torch.promote_types(x_t.dtype, torch.float32)
         pred, x_t, t = pred.to(dtype), x_t.to(dtype), t.to(dtype)
+        if source == target:
+            return pred
         if target == X0:
             c_x, c_pred = source.x0_from(self, t)
             return expand(c_x, x_t) * x_t + expand(c_pred, x_t) * pred
@@ -158,7 +163,8 @@ class EDM(NoiseProcess):
         return torch.ones_like(t), t
 
     def time_at(self, phi: Tensor) -> Tensor:
-        return torch.tan(phi).clamp(self.t_min, self.t_max)
+        # cos(pi/2) in floating point may be negative, and a tangent would come back as t_min
+        return _held(torch.sin(phi) / torch.cos(phi).clamp(min=1e-9), self.t_min, self.t_max)
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ class RectifiedFlow(NoiseProcess):
 
     def time_at(self, phi: Tensor) -> Tensor:
         sin, cos = torch.sin(phi), torch.cos(phi)
-        return (sin / (sin + cos)).clamp(self.t_min, self.t_max)
+        return _held(sin / (sin + cos), self.t_min, self.t_max)
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ class Trig(NoiseProcess):
         return torch.cos(t), self.sigma_data * torch.sin(t)
 
     def time_at(self, phi: Tensor) -> Tensor:
-        return torch.atan2(torch.sin(phi), self.sigma_data * torch.cos(phi)).clamp(self.t_min, self.t_max)
+        return _held(torch.atan2(torch.sin(phi), self.sigma_data * torch.cos(phi)), self.t_min, self.t_max)
 
 
 @dataclass(frozen=True)
@@ -322,9 +328,11 @@ class BoundaryF(Kind):
         return above * norm / self.sigma_data, -self.sigma_data * level * norm / above
 
     def x0_from(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
-        level, above, square = self._levels(process, t)
+        level, above, _ = self._levels(process, t)
         c_out = above * self.sigma_data / torch.hypot(level, torch.full_like(level, self.sigma_data))
-        return self.sigma_data**2 / square / process.alpha_sigma(t)[0], c_out
+        # of this form c_skip is exactly 1 at the boundary, also where sigma_data^2 is not exact
+        c_skip = 1 / (1 + (above / self.sigma_data).square())
+        return c_skip / process.alpha_sigma(t)[0], c_out
 
     def _levels(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         alpha, sigma = process.alpha_sigma(t)

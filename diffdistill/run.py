@@ -24,8 +24,11 @@ from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.evaluation import harness, plots
 from diffdistill.evaluation.harness import Evaluation
+from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
+from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
+from diffdistill.pipelines import PipelineSampler, with_steps
 from diffdistill.solvers import OdeSampler, Sampler
 from diffdistill.trainer import Outcome, Progress, Trainer
 
@@ -81,13 +84,14 @@ def train(
     sampler: DictConfig,
     distiller: DictConfig,
     trainer: DictConfig,
-    evaluation: DictConfig | None,
+    evaluation: DictConfig,
     run_dir: str,
     precision: Literal["fp32", "bf16"] | None,
     guidance: DictConfig,
     roles: DictConfig,
     lora: DictConfig,
     compile: bool,
+    command: str,
     dry_run: bool,
 ) -> dict[str, Any] | None:
     """Train, evaluate and export one run; returns its summary (also in run_dir/summary.json).
@@ -103,6 +107,8 @@ def train(
         recipe = assemble(settings, device)
     loop: Trainer = build(trainer)
     judge: Evaluation | None = build(evaluation)
+    if judge is not None and judge.metrics == ():
+        judge = None
     loop.check_roles(recipe.networks)
     teacher_figures: dict[str, Any] = {}
     if judge is not None:
@@ -189,7 +195,10 @@ class Run:
         return harness.evaluate(sampler, self.recipe.data, evaluation, networks.device, networks.dtype)
 
     def _picture(self, step: int) -> None:
-        picture(self.recipe, self.recipe.distiller.generator, 64, 0, self.folder / "samples" / f"step-{step:08d}.png")
+        data, networks = self.recipe.data, self.recipe.networks
+        num = 2000 if len(data.shape) == 1 else 8 * (data.num_classes or 8)
+        path = self.folder / "samples" / f"step-{step:08d}.png"
+        picture(data, self.recipe.distiller.generator, num, 0, path, networks)
 
     def _conclude(self, outcome: Outcome) -> dict[str, Any]:
         recipe = self.recipe
@@ -202,17 +211,21 @@ class Run:
                 summary["protocol"] = protocol.to_json()
                 if self.evaluation.teacher == "fresh":
                     summary["teacher"], _ = self._figures(recipe.sampler, self.evaluation)
-            exported = write_pipeline(recipe, self.folder / "pipeline", self.settings, summary)
+            reason = refusal(recipe)
+            if reason is None:
+                write_pipeline(recipe, self.folder / "pipeline", self.settings, summary)
+            else:
+                self.console.print(f"no pipeline was written: {reason}", soft_wrap=True)
         summary |= {
             "wall_seconds": round(outcome.seconds, 2),
             "iterations": self.trainer.steps,
             "peak_memory_bytes": outcome.peak_bytes,
         }
         (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-        self._print(summary, exported)
+        self._print(summary)
         return summary
 
-    def _print(self, summary: Mapping[str, Any], exported: Path) -> None:
+    def _print(self, summary: Mapping[str, Any]) -> None:
         columns = [(name, summary[name]) for name in ("teacher", "student") if summary[name]]
         if columns:
             self.console.print(harness.table(columns))
@@ -221,18 +234,93 @@ class Run:
             f"peak live tensors {summary['peak_memory_bytes'] / 2**20:.1f} MiB"
         )
         self.console.print("look at next:")
-        for path in (sorted((self.folder / "samples").iterdir())[-1], self.folder / "summary.json", exported):
+        picture_ = sorted((self.folder / "samples").iterdir())[-1]
+        for path in (picture_, self.folder / "summary.json", self.folder / "pipeline"):
+            if not path.exists():
+                continue
             self.console.print(f"  {path}", soft_wrap=True, highlight=False)
 
 
-def picture(recipe: Recipe, sampler: Sampler, num: int, seed: int, path: Path) -> None:
-    """Draw a grid of samples (images) or a scatter plot (points)."""
-    networks, data = recipe.networks, recipe.data
-    samples, _ = harness.draw(sampler, data, num if len(data.shape) == 3 else 2000, seed, 500, networks.device, networks.dtype)
+def picture(data: Data, sampler: Sampler, num: int, seed: int, path: Path, networks: Networks | None = None) -> None:
+    """Draw a grid of images, one class per column where there are classes, or a scatter plot of points."""
+    where = (networks.device, networks.dtype) if networks is not None else ("cpu", torch.float32)
+    labels = torch.arange(num) % data.num_classes if data.num_classes else None
+    samples, _ = harness.draw(sampler, data, num, seed, 500, *where, labels=labels)
     if len(data.shape) == 3:
-        plots.sample_grid(samples, path)
+        plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= 16 else 8)
     else:
         plots.scatter(samples, data.reference().data, path)
+
+
+def sample(
+    run: str | None, pipeline: str | None, data: DictConfig | None, num: int, steps: int | None, seed: int, out: str
+) -> str:
+    """Draw num samples of a run or a pipeline folder into the picture `out`; returns its path.
+
+    steps: network calls, None is what the generator was made for.  data: for a pipeline, what it generates.
+    """
+    if num < 1:
+        raise UserError("num", "must be >= 1", num, "Ask for at least one sample.")
+    set_, sampler, networks = _source(run, pipeline, data, steps)
+    with torch.no_grad():
+        picture(set_, sampler, num, seed, _new_file("out", out), networks)
+    Console().print(f"{num} samples, {sampler.nfe} network evaluations each: {out}", soft_wrap=True)
+    return out
+
+
+def evaluate(
+    run: str | None,
+    pipeline: str | None,
+    data: DictConfig | None,
+    metrics: tuple[str, ...] | None,
+    num_samples: int,
+    steps: int | None,
+    seed: int,
+    batch_size: int,
+    replicates: int,
+    prdc_space: Literal["values", "features"],
+    out: str | None,
+) -> dict[str, Any]:
+    """Measure num_samples samples of a run or a pipeline folder; returns and optionally writes figures and protocol."""
+    judge = Evaluation(0, num_samples, num_samples, metrics, seed, batch_size, replicates, "none", prdc_space)
+    set_, sampler, networks = _source(run, pipeline, data, steps)
+    judge.check(set_)
+    if out is not None:
+        _new_file("out", out)
+    where = (networks.device, networks.dtype) if networks is not None else ("cpu", torch.float32)
+    figures, protocol = harness.evaluate(sampler, set_, judge, *where)
+    Console().print(harness.table([(run or pipeline or "", figures)]))
+    result = {"schema": SCHEMA, "source": run or pipeline, "figures": figures, "protocol": protocol.to_json()}
+    if out is not None:
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def export(run: str, out: str, format: Literal["pipeline"]) -> str:
+    """Write a finished run's generator as a stock diffusers folder, verified; returns its path."""
+    recipe, settings = load_run(run)
+    summary = Path(run) / "summary.json"
+    figures = json.loads(summary.read_text()) if summary.is_file() else {}
+    path = write_pipeline(recipe, Path(out), settings, figures)
+    Console().print(f"wrote {path}", soft_wrap=True)
+    return str(path)
+
+
+def _source(
+    run: str | None, pipeline: str | None, data: DictConfig | None, steps: int | None
+) -> tuple[Data, Sampler, Networks | None]:
+    """Data, sampler and (for a run) networks that sample and evaluate were pointed at."""
+    if (run is None) == (pipeline is None):
+        raise UserError("run, pipeline", "must be given one or the other", f"run={run} pipeline={pipeline}", "Give one.")
+    if run is not None:
+        recipe, _ = load_run(run)
+        chosen: Data = recipe.data if data is None else build(data)
+        if chosen.shape != recipe.data.shape:
+            raise UserError("data", f"must have the run's sample shape {recipe.data.shape}", chosen.shape, "Leave it out.")
+        return chosen, with_steps(recipe.distiller.generator, steps), recipe.networks
+    if data is None:
+        raise UserError("data", "must say what the pipeline generates", None, "Add data=digits, for example.")
+    return build(data), PipelineSampler.load(str(pipeline), steps), None
 
 
 def load_run(run: str) -> tuple[Recipe, Mapping[str, Any]]:
@@ -245,6 +333,14 @@ def load_run(run: str) -> tuple[Recipe, Mapping[str, Any]]:
     recipe = assemble(settings)  # type: ignore[arg-type]
     checkpoint.load_averaged(recipe.networks, checkpoint.latest(folder / "checkpoints"))
     return recipe, settings  # type: ignore[return-value]
+
+
+def _new_file(key: str, path: str) -> Path:
+    """A path whose folder exists and that is no folder itself."""
+    file = Path(path)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UserError(key, "must name a file in an existing folder", path, "Make the folder, or name a file.")
+    return file
 
 
 def _accelerator(precision: str | None) -> Accelerator:
@@ -267,8 +363,6 @@ def _file_sha256(path: Path) -> str:
 
 def _card(networks: Mapping[str, Any]) -> tuple[Path, str]:
     """Where the teacher's card lies and the hash of its weights."""
-    from diffdistill.networks.diffusers import resolve
-
     folder = Path(resolve(str(networks.get("path", ""))))
     weights = folder / "diffusion_pytorch_model.safetensors"
     if not weights.is_file():

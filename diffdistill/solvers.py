@@ -16,6 +16,7 @@ from diffdistill.process import VELOCITY, VP, NoiseProcess, expand
 from diffdistill.rng import Rng
 
 Solver = Callable[[Denoiser, Tensor, Tensor, Tensor, Cond], Tensor]
+Grid = Callable[[NoiseProcess, int], tuple[float, ...]]  # (process, num_steps) -> num_steps + 1 decreasing times
 
 
 def ddim(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
@@ -134,12 +135,13 @@ class Sampler(Protocol):
 class OdeSampler:
     """The teacher's many-step sampler: one solver over one grid, ending with the denoiser's x0 at the last time.
 
-    times: decreasing, at least two. The last step of Heun is a DDIM step to t_min, as in EDM's algorithm 1.
+    times: decreasing, at least two.  grid: the function that made them.  The last step of Heun is a DDIM step to t_min, as in EDM's algorithm 1.
     """
 
     denoiser: Denoiser
     solver: Solver
     times: tuple[float, ...]
+    grid: Grid
 
     @property
     def nfe(self) -> int:
@@ -148,19 +150,21 @@ class OdeSampler:
         steps = len(self.times) - 1
         return passes * (2 * steps - 1 if self.solver is heun else steps)
 
+    def with_steps(self, num_steps: int) -> OdeSampler:
+        """The same solver and grid with another number of steps."""
+        return ode_sampler(self.denoiser, self.solver, self.grid, num_steps)
+
     @torch.no_grad()
     def sample(self, z: Tensor, cond: Cond, rng: Rng) -> Tensor:
         """Samples [B, *shape] from unit noise z; the ODE is deterministic, rng is not used."""
         return sample(self.denoiser, self.solver, self.times, z, cond)
 
 
-def ode_sampler(
-    denoiser: Denoiser, solver: Solver, grid: Callable[[NoiseProcess, int], tuple[float, ...]], num_steps: int
-) -> OdeSampler:
+def ode_sampler(denoiser: Denoiser, solver: Solver, grid: Grid, num_steps: int) -> OdeSampler:
     """The sampler with num_steps steps of `solver` over `grid`, on the denoiser's own time range."""
     if num_steps < 1:
         raise UserError("sampler.num_steps", "must be >= 1", num_steps, "18 is a good number for Heun.")
-    return OdeSampler(denoiser, solver, grid(denoiser.process, num_steps))
+    return OdeSampler(denoiser, solver, grid(denoiser.process, num_steps), grid)
 
 
 def sample(denoiser: Denoiser, solver: Solver, times: tuple[float, ...], z: Tensor, cond: Cond) -> Tensor:

@@ -122,19 +122,16 @@ class Trainer:
         evaluate_every: int = 0,
     ) -> Outcome:
         """Run all steps; the networks are left trained, their evaluation averages tracked."""
-        self.check_roles(networks)
-        for role, rate in self.ema.items():
-            networks.track(role, rate)
-        optimizers = {role: self._optimizer(role, networks) for role in networks.trainable}
+        optimizers = self.prepare(networks)
         outcome = Outcome()
         measured = max(range(1, 11), key=lambda step: len(distiller.phases(step)))
         for step in range(self.steps):
             started = time.perf_counter()
-            batches = [self._batch(data, needs, networks, step, i) for i in range(self.accumulate)]
+            batches = self.batches(data, needs, networks, step)
             counter = PeakBytes(self._live(networks, optimizers)) if step == measured else None
             figures: dict[str, float] = {}
             for phase in distiller.phases(step):
-                run = partial(self._update, phase, batches, step, networks, optimizers, accelerator)
+                run = partial(self.update, phase, batches, step, networks, optimizers, accelerator)
                 if counter is None:
                     losses, norms = run()
                 else:
@@ -158,7 +155,20 @@ class Trainer:
         networks.train_only(())
         return outcome
 
-    def _update(
+    def prepare(self, networks: Networks) -> dict[str, torch.optim.Optimizer]:
+        """One optimizer for each trainable role; evaluation averages begin."""
+        self.check_roles(networks)
+        for role, rate in self.ema.items():
+            networks.track(role, rate)
+        return {role: self._optimizer(role, networks) for role in networks.trainable}
+
+    def batches(self, data: Data, needs: frozenset[str], networks: Networks, step: int) -> list[Batch]:
+        """The micro-batches of a step on this process, shared by its phases."""
+        total = self.batch_size * self.accumulate * _rank()[1]
+        streams = (self.rng(step, "data", index, networks.device) for index in range(self.accumulate))
+        return [data.batch(rng, total, needs, networks.dtype) for rng in streams]
+
+    def update(
         self,
         phase: Phase,
         batches: Sequence[Batch],
@@ -181,12 +191,13 @@ class Trainer:
                 raise NonFiniteError(", ".join(phase.trains), f"loss {phase.name}/{bad[0] if bad else 'total'}", step)
             accelerator.backward(total / len(batches))
             losses.append(Loss({k: v.detach() for k, v in loss.terms.items()}, loss.stats))
-        norms = {role: self._step(role, step, networks, optimizers[role]) for role in phase.trains}
+        norms = {role: self.step(role, step, networks, optimizers[role]) for role in phase.trains}
         networks.update_ema(phase.trains)
         networks.zero_grad()
         return losses, norms
 
-    def _step(self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer) -> Tensor:
+    def step(self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clip and step one role; returns the norm of its gradient. Raises NonFiniteError."""
         gradients = [p.grad for p in networks.weights(role) if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
         if not torch.isfinite(norm):
@@ -206,10 +217,6 @@ class Trainer:
         rank, world = _rank()
         first = (micro_batch * world + rank) * self.batch_size
         return Rng(self.seed, step, phase, range(first, first + self.batch_size), device)
-
-    def _batch(self, data: Data, needs: frozenset[str], networks: Networks, step: int, index: int) -> Batch:
-        global_batch = self.batch_size * self.accumulate * _rank()[1]
-        return data.batch(self.rng(step, "data", index, networks.device), global_batch, needs, networks.dtype)
 
     def _optimizer(self, role: str, networks: Networks) -> torch.optim.Optimizer:
         optimizer = self._of(self.optimizer, role)(networks.weights(role))

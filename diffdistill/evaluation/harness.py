@@ -32,6 +32,7 @@ class Evaluation:
 
     metrics: names, None is those that fit the data.  replicates: of the bootstrap.  teacher: where its figures come
     from: `card` of the shipped weights (hash and protocol checked), `fresh` measures, `none` leaves them out.
+    prdc_space: whether prdc works on the values themselves or on features.
     interim_samples: samples of the evaluations before the last (fd_pixel reads higher on fewer).
     """
 
@@ -43,6 +44,7 @@ class Evaluation:
     batch_size: int
     replicates: int
     teacher: Literal["card", "fresh", "none"]
+    prdc_space: Literal["values", "features"] = "values"
 
     def __post_init__(self) -> None:
         for key in ("num_samples", "interim_samples", "batch_size", "replicates"):
@@ -73,20 +75,25 @@ def draw(
     batch_size: int,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """num_samples samples with uniform classes, [N, *shape] on the CPU, and their labels [N] or None.
+    """num_samples samples, [N, *shape] on the CPU, and their labels [N] or None.
+
+    labels: the classes to draw, [N]; None draws them uniformly.
 
     The draws are keyed by sample index: another batch size gives the same samples.
     """
-    samples, labels = [], []
+    samples, drawn = [], []
     for start in range(0, num_samples, batch_size):
         rng = Rng(seed, 0, "evaluation", range(start, min(start + batch_size, num_samples)), device)
         cond = data.conditions(rng.fork("conditions"))
+        if labels is not None:
+            cond = {**cond, "label": labels[start : start + len(rng)].to(device)}
         z = rng.fork("prior").normal((len(rng), *data.shape), dtype)
         samples.append(sampler.sample(z, cond, rng.fork("sampler")).float().cpu())
         if "label" in cond:
-            labels.append(cond["label"].cpu())
-    return torch.cat(samples), torch.cat(labels) if labels else None
+            drawn.append(cond["label"].cpu())
+    return torch.cat(samples), torch.cat(drawn) if drawn else None
 
 
 def latency_ms(
@@ -127,6 +134,16 @@ def evaluate(
     if "latency" in names:
         figures["latency_ms"] = latency_ms(sampler, data, device, dtype)
     return figures, protocol
+
+
+def _measured(
+    samples: Tensor, labels: Tensor | None, data: Data, evaluation: Evaluation, names: Sequence[str]
+) -> tuple[dict[str, Any], Protocol]:
+    figures, protocol = measure(
+        samples, labels, data.reference(), names, data.features(),
+        seed=evaluation.seed, replicates=evaluation.replicates, prdc_space=evaluation.prdc_space,
+    )  # fmt: skip
+    return dict(figures), protocol
 
 
 def interim(evaluation: Evaluation) -> Evaluation:

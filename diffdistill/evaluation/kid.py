@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 NUM_SUBSETS = 100
@@ -21,13 +22,14 @@ def kernel_distance(samples: Tensor, reference: Tensor, *, seed: int) -> float:
     state = np.random.get_state()
     np.random.seed(seed % 2**32)
     try:
-        return float(
-            fid.kernel_distance(
-                reference.double().cpu().numpy(),
-                samples.double().cpu().numpy(),
-                num_subsets=NUM_SUBSETS,
-                max_subset_size=MAX_SUBSET_SIZE,
+        with threadpool_limits(1, user_api="blas"):  # as in `frechet.bootstrap_interval`
+            return float(
+                fid.kernel_distance(
+                    reference.double().cpu().numpy(),
+                    samples.double().cpu().numpy(),
+                    num_subsets=NUM_SUBSETS,
+                    max_subset_size=MAX_SUBSET_SIZE,
+                )
             )
-        )
     finally:
         np.random.set_state(state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -85,6 +86,7 @@ def measure(
     *,
     seed: int,
     replicates: int = 100,
+    prdc_space: Literal["values", "features"] = "values",
     key: str = "evaluation.metrics",
 ) -> tuple[Figures, Protocol]:
     """Measure samples against the reference; `latency` and `nfe` are the caller's to measure and ignored here.
@@ -94,7 +96,7 @@ def measure(
     seed, replicates: of the bootstrap behind fd_ci and fd_pixel_ci.
     Returns the figures (fd_pixel, fd_pixel_ci: [lo, hi], fd, fd_ci, kid, swd, label_agreement, precision, recall,
     density, coverage, memorised: those asked for) and the protocol they hold under.
-    prdc works on features where a feature network is given, on raw values otherwise.
+    prdc_space: whether prdc works on the values themselves or on features.
     Raises UserError as `check_metrics` does, and if a sample is not finite: nothing is replaced by a number.
     """
     names = set(metrics)
@@ -114,6 +116,9 @@ def measure(
     if "swd" in names:
         figures["swd"] = sliced.sliced_wasserstein(y, x)
 
+    if prdc_space == "features" and features is None and "prdc" in names:
+        raise UserError("evaluation.prdc_space", f"must be values for {reference.name}, which has no feature network",
+                        prdc_space, "Set it to values.")  # fmt: skip
     space_x, space_y = x, y
     if features is not None and names & {"fd", "kid", "prdc"}:
         space_x, space_y = _by_block(features.features, x), _by_block(features.features, y)
@@ -126,7 +131,7 @@ def measure(
     if "kid" in names:
         figures["kid"] = kid.kernel_distance(space_y, space_x, seed=seed)
     if "prdc" in names:
-        four = prdc.prdc(space_y, space_x)
+        four = prdc.prdc(space_y, space_x) if prdc_space == "features" else prdc.prdc(y, x)
         figures |= {"precision": four.precision, "recall": four.recall,
                     "density": four.density, "coverage": four.coverage}  # fmt: skip
 
@@ -144,7 +149,7 @@ def measure(
         covariance_eps=0.0,
         interval=f"basic bootstrap, {CONFIDENCE:.0%}",
         replicates=replicates,
-        prdc_space="values" if features is None else "features",
+        prdc_space=prdc_space,
         precision_recall_k=prdc.PRECISION_RECALL_K,
         density_coverage_k=prdc.DENSITY_COVERAGE_K,
         kid_subsets=kid.NUM_SUBSETS,

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-PRECISION_RECALL_K = 3
+# One k for all four, as Naeem et al.'s code has it. With k = 3 half of the digits' scans reach a precision of only .90
+# against the other half (.955 with 5): it would not tell a good generator from the truth.
+PRECISION_RECALL_K = 5
 DENSITY_COVERAGE_K = 5
 CHUNK = 1024  # rows per block of distances: 40 MB against 10,000 columns
 

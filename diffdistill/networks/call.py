@@ -53,6 +53,39 @@ def enter(call: Call | None) -> Iterator[None]:
         _current.reset(token)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One network call of a training step. backward: its output has a graph; through_input: that graph reaches its
+    input.  layers: blocks recorded by an early-stopped call, None for a whole one."""
+
+    role: str
+    batch: int
+    backward: bool
+    through_input: bool
+    layers: tuple[int, ...] | None = None
+
+
+_passes: ContextVar[list[Pass] | None] = ContextVar("passes", default=None)
+
+
+@contextmanager
+def recorded_passes() -> Iterator[list[Pass]]:
+    """Within the context every network call is noted in the yielded list."""
+    noted: list[Pass] = []
+    token = _passes.set(noted)
+    try:
+        yield noted
+    finally:
+        _passes.reset(token)
+
+
+def note_pass(done: Pass) -> None:
+    """Add a finished network call to the recording in progress, if there is one."""
+    noted = _passes.get()
+    if noted is not None:
+        noted.append(done)
+
+
 def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     """`torch.utils.checkpoint` whose recomputation re-enters the call of the forward pass."""
     call = current_call()

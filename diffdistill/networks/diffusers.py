@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
+from diffdistill.networks.files import resolve
 from diffdistill.process import EDM, BoundaryF
 
 TIME_SCALE = 250.0  # CMStochasticIterativeScheduler feeds 1000 * 0.25 * ln(sigma)
@@ -101,20 +101,16 @@ def unet2d(path: str, sigma_data: float, sigma_min: float, sigma_max: float, has
     from diffusers import UNet2DModel
 
     try:
-        unet = UNet2DModel.from_pretrained(str(resolve(path)), use_safetensors=True)
+        if torch.get_default_device().type == "meta":  # dry run: shapes only
+            unet = UNet2DModel.from_config(UNet2DModel.load_config(str(resolve(path))))
+        else:
+            unet = UNet2DModel.from_pretrained(str(resolve(path)), use_safetensors=True)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError("networks.path", "must hold a diffusers UNet2DModel", path, first) from error
     if tame:
         tame_time(unet)
     return UNet2D(unet, sigma_data, sigma_min, sigma_max, has_null)
-
-
-def resolve(path: str) -> str | Path:
-    """`asset:<name>` -> the folder inside this package; anything else stays as it is."""
-    if path.startswith("asset:"):
-        return Path(__file__).parents[1] / "assets" / path.removeprefix("asset:")
-    return path
 
 
 def _plain(value: Any) -> Any:

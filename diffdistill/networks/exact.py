@@ -94,8 +94,9 @@ class Gaussian(_Analytic):
         if self.form == "flow_map":
             return self._moved(x, t_net, t_min, mean, std)
         if self.form == "flow_map_f":
-            c_x, c_pred = self.kind.x0_from(self.process, t_net)
-            return (self._moved(x, t_net, t_min, mean, std) - expand(c_x, x) * x) / expand(c_pred, x)
+            c_x, c_pred = (expand(value, x) for value in self.kind.x0_from(self.process, t_net))
+            gap = self._moved(x, t_net, t_min, mean, std) - c_x * x
+            return torch.where(c_pred == 0, torch.zeros_like(x), gap / c_pred)  # the boundary does not read F
         if self.form == "average":
             return self._average(x, t_net, cond["s"].to(t_net.dtype), mean, std)
         return self._denoised(x, t_net, mean, std)
@@ -113,7 +114,7 @@ class Gaussian(_Analytic):
         alpha_t, sigma_t = (expand(value, x) for value in self.process.alpha_sigma(t))
         alpha_s, sigma_s = (expand(value, x) for value in self.process.alpha_sigma(s))
         ratio = torch.hypot(alpha_s * std, sigma_s) / torch.hypot(alpha_t * std, sigma_t)
-        return alpha_s * mean + ratio * (x - alpha_t * mean)
+        return ratio * x + (alpha_s - alpha_t * ratio) * mean  # x itself, bit for bit, at s == t
 
     def _average(self, x: Tensor, t: Tensor, s: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         still = (t == s).view(-1, *[1] * (x.ndim - 1))
@@ -123,9 +124,14 @@ class Gaussian(_Analytic):
 
     def _signal(self, x: Tensor, t: Tensor, mean: Tensor, std: Tensor) -> Tensor:
         t_max = torch.full_like(t, self.process.t_max)
-        z = x / expand(self.process.alpha_sigma(t_max)[1], x)
+        alpha_p, sigma_p = (expand(value, x) for value in self.process.alpha_sigma(t_max))
         alpha, sigma = (expand(value, x) for value in self.process.alpha_sigma(t))
-        return (self._moved(x, t_max, t, mean, std) - sigma * z) / alpha
+        z, q_p, q = x / sigma_p, torch.hypot(alpha_p * std, sigma_p), torch.hypot(alpha * std, sigma)
+        # (x_t - sigma z) / alpha without its cancellation, so that a prior without signal gives D at t_max
+        silent = alpha_p.abs() < 1e-6  # cos(pi/2) is not 0 in floating point
+        rest = torch.where(silent, torch.zeros_like(alpha), alpha_p / torch.where(silent, torch.ones_like(alpha), alpha))
+        gain = std.square() * (alpha * sigma_p.square() - rest * alpha_p * sigma.square()) / (q_p * (q * sigma_p + sigma * q_p))
+        return mean * (1 - rest * q / q_p) + gain * z
 
 
 class Mixture(_Analytic):
@@ -161,3 +167,8 @@ def circle(num_modes: int = 8, radius: float = 1.0) -> list[list[float]]:
     """Centres of equal modes on a circle."""
     angles = torch.arange(num_modes, dtype=torch.float64) * (2 * torch.pi / num_modes)
     return torch.stack([radius * angles.cos(), radius * angles.sin()], -1).tolist()
+
+
+def mixture_on_circle(process: NoiseProcess, num_modes: int, radius: float, std: float) -> Mixture:
+    """The exact denoiser of data=gmm2d."""
+    return Mixture(process, circle(num_modes, radius), std)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.errors import UserError
+from diffdistill.networks.files import resolve
 from diffdistill.networks.inputs import sinusoid
-from diffdistill.process import Kind, NoiseProcess
+from diffdistill.process import EDM, F
 
 
 class Block(nn.Module):
@@ -41,9 +47,10 @@ class TimeEmbedding(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Raw prediction for points [B, dim], optionally by class; the last class row is the null condition.
+    """Raw output F under the EDM process for points [B, dim], optionally by class; the last class row is null.
 
-    kind: what is predicted (F with the data's std is EDM's preconditioning).  num_classes: without the null row.
+    sigma_data: standard deviation of the data.  sigma_min, sigma_max: range of noise levels.  num_classes: without
+    the null row, 0 is unconditional.
     """
 
     closed_form = False
@@ -51,16 +58,20 @@ class Mlp(nn.Module):
 
     def __init__(
         self,
-        process: NoiseProcess,
-        kind: Kind,
         sigma_data: float,
-        dim: int = 2,
-        width: int = 96,
-        depth: int = 4,
-        num_classes: int = 0,
+        sigma_min: float,
+        sigma_max: float,
+        dim: int,
+        width: int,
+        depth: int,
+        num_classes: int,
     ) -> None:
         super().__init__()
-        self.process, self.kind, self.sigma_data, self.dim = process, kind, sigma_data, dim
+        self.config: dict[str, Any] = {
+            "sigma_data": sigma_data, "sigma_min": sigma_min, "sigma_max": sigma_max,
+            "dim": dim, "width": width, "depth": depth, "num_classes": num_classes,
+        }  # fmt: skip
+        self.process, self.kind, self.sigma_data = EDM(sigma_min, sigma_max), F(sigma_data), sigma_data
         self.embedding_width = width
         self.inlet = nn.Linear(dim, width)
         self.time_embedding = TimeEmbedding(width)
@@ -89,3 +100,29 @@ class Mlp(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, embedding)
         return self.outlet(hidden)
+
+    def save(self, folder: Path) -> None:
+        """Write config.json and model.safetensors."""
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        save_file(self.state_dict(), folder / "model.safetensors")
+
+
+def mlp_from_config(
+    sigma_data: float, sigma_min: float, sigma_max: float, dim: int, width: int, depth: int, num_classes: int, seed: int
+) -> Mlp:
+    """An Mlp with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Mlp(sigma_data, sigma_min, sigma_max, dim, width, depth, num_classes)
+
+
+def mlp(path: str) -> Mlp:
+    """A trained Mlp. path: a folder that `save` wrote, or `asset:<name>` for a shipped one."""
+    folder = Path(resolve(path))
+    if not (folder / "config.json").is_file():
+        raise UserError("networks.path", "must hold config.json and model.safetensors", path, "Name such a folder.")
+    network = Mlp(**json.loads((folder / "config.json").read_text()))
+    if torch.get_default_device().type != "meta":
+        network.load_state_dict(load_file(folder / "model.safetensors"))
+    return network

@@ -1,0 +1,86 @@
+"""`diffdistill doctor`: what this environment has."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from diffdistill.errors import UserError
+
+PACKAGES = (
+    "diffdistill", "torch", "torchvision", "diffusers", "accelerate", "hydra-core", "omegaconf", "clean-fid", "peft",
+    "safetensors", "scikit-learn", "wandb", "transformers",
+)  # fmt: skip
+EXTRAS = {"xformers": ("xformers",), "notebooks": ("jupyterlab", "nbclient"), "dev": ("pytest", "ruff", "mypy")}
+
+
+def doctor(run: str | None) -> dict[str, Any]:
+    """Print and return versions, devices, kernels, extras and cache places."""
+    if run is not None:
+        raise UserError("run", "is not looked at yet: doctor reports on the environment only", run, "Leave run out.")
+    report = {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": _devices(),
+        "kernels": _kernels(),
+        "extras": {extra: _extra(names) for extra, names in EXTRAS.items()},
+        "caches": _caches(),
+        "assets": _assets(),
+    }
+    table = Table("what", "found", show_lines=False)
+    for key, value in report.items():
+        rows = value.items() if isinstance(value, dict) else [("", value)]
+        for name, found in rows:
+            table.add_row(f"{key} {name}".strip(), str(found))
+    Console().print(table)
+    return report
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, str]:
+    found = {"cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        found[f"cuda:{index}"] = torch.cuda.get_device_name(index)
+    found["cuda"] = "available" if torch.cuda.is_available() else "none"
+    found["cpu instructions"] = torch.backends.cpu.get_cpu_capability()
+    return found
+
+
+def _kernels() -> dict[str, str]:
+    import diffdistill.kernels as kernels
+
+    names = sorted(p.stem for p in Path(kernels.__path__[0]).glob("*/*.py") if not p.stem.startswith("_"))
+    return {"block-sparse attention": ", ".join(names) or "none shipped", "c++ compiler": shutil.which("c++") or "none"}
+
+
+def _extra(names: tuple[str, ...]) -> str:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return "installed" if not missing else f"missing: {', '.join(missing)}"
+
+
+def _caches() -> dict[str, str]:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from torch.hub import get_dir
+
+    return {"hugging face hub": HF_HUB_CACHE, "torch hub": get_dir()}
+
+
+def _assets() -> dict[str, str]:
+    folder = Path(__file__).parent / "assets"
+    return {p.name: f"{sum(f.stat().st_size for f in p.iterdir()) / 1e6:.2f} MB" for p in sorted(folder.iterdir()) if p.is_dir()}

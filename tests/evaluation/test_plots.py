@@ -1,0 +1,37 @@
+"""Pictures show the values they are given."""
+
+import torch
+from torchvision.io import read_image
+
+from diffdistill.evaluation.plots import sample_grid, scatter
+
+
+def test_grid_enlarges_each_pixel_to_a_square_in_its_place(tmp_path):
+    images = torch.full((5, 1, 8, 8), -1.0)
+    images[3, 0, 2, 6] = 1.0  # second row, second column of a grid of two columns
+    images[4] = 7.0  # clipped
+    sample_grid(images, tmp_path / "grid.png", columns=2, scale=4)
+    picture = read_image(str(tmp_path / "grid.png"))[0]
+    tile = 8 * 4 + 2
+    assert picture.shape == (3 * tile + 2, 2 * tile + 2)
+    second = picture[tile + 2 : 2 * tile, tile + 2 : 2 * tile]
+    expected = torch.zeros(32, 32)
+    expected[8:12, 24:28] = 255
+    assert second.float().equal(expected)
+    assert picture[2 * tile + 2 : 3 * tile, 2:tile].eq(255).all()
+
+
+def test_scatter_draws_samples_over_the_reference(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    scatter(
+        torch.randn(300, 2, generator=rng) + torch.tensor([8.0, -8.0]),
+        torch.randn(300, 2, generator=rng),
+        tmp_path / "points.png",
+    )
+    red, green, blue = read_image(str(tmp_path / "points.png"))[:3].float()
+    coloured = (blue - red > 60).nonzero().float()
+    grey = ((red - 191).abs().lt(8) & (red == green) & (green == blue)).nonzero().float()
+    assert len(coloured) > 100
+    assert len(grey) > 100
+    assert coloured[:, 1].mean() > grey[:, 1].mean()  # further right
+    assert coloured[:, 0].median() > grey[:, 0].median()  # and lower down
