@@ -34,7 +34,7 @@ quickstart: $(STAMP)
 		n=1; while [ -e runs/quickstart.$$n ]; do n=$$((n + 1)); done; \
 		mv runs/quickstart runs/quickstart.$$n; echo "moved runs/quickstart to runs/quickstart.$$n"; \
 	fi
-	$(BIN)/diffdistill train experiment=quickstart run_dir=runs/quickstart $(ARGS)
+	$(BIN)/diffdistill train experiment=digits_dmd2 run_dir=runs/quickstart $(ARGS)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -45,7 +45,7 @@ class Rng:
         """The same stream for part of the batch; draws of either advance both."""
         part = self.ids[index.cpu().numpy() if isinstance(index, Tensor) else index]
         view = Rng(self.seed, self.step, self.phase, part, self.device)
-        view._draws = self._draws
+        view._draws, view._shared = self._draws, self.shared()
         return view
 
     def fork(self, name: str) -> Rng:

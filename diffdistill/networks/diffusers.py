@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,9 +11,8 @@ from torch import Tensor, nn
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
 from diffdistill.networks.files import resolve
+from diffdistill.networks.tamed import tame_time
 from diffdistill.process import EDM, BoundaryF
-
-TIME_SCALE = 250.0  # CMStochasticIterativeScheduler feeds 1000 * 0.25 * ln(sigma)
 
 
 class UNet2D(nn.Module):
@@ -45,34 +43,11 @@ class UNet2D(nn.Module):
         return torch.rsqrt(t.square() + self.kind.sigma_data**2)
 
     def time(self, t: Tensor) -> Tensor:
-        return TIME_SCALE * torch.log(t)
+        return 250 * torch.log(t)  # CMStochasticIterativeScheduler feeds 1000 * 0.25 * ln(sigma)
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         labels = cond["label"] if self.num_classes else None
         return self.unet(x, t_net, class_labels=labels, return_dict=False)[0]
-
-
-class TamedLinear(nn.Linear):
-    """A linear whose masked input columns are held at zero; its state dict is a plain linear's."""
-
-    def __init__(self, linear: nn.Linear, keep: Tensor) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
-        self.load_state_dict(linear.state_dict())
-        self.register_buffer("keep", keep.to(self.weight.dtype), persistent=False)
-        with torch.no_grad():
-            self.weight *= self.keep
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight * self.keep, self.bias)
-
-
-def tame_time(unet: Any) -> None:
-    """Hold at zero the time-embedding columns whose frequency exceeds 1/250, so that nothing varies faster than
-    ln(sigma) itself. Without it the time part of a consistency tangent dwarfs its state part near t_max."""
-    half = unet.time_proj.num_channels // 2
-    power = torch.arange(half) / (half - unet.time_proj.downscale_freq_shift)
-    slow = torch.exp(-math.log(10_000.0) * power) <= 1 / TIME_SCALE
-    unet.time_embedding.linear_1 = TamedLinear(unet.time_embedding.linear_1, torch.cat([slow, slow]))
 
 
 def unet2d_from_config(
@@ -88,7 +63,7 @@ def unet2d_from_config(
         except (TypeError, ValueError) as error:
             raise UserError("networks.config", "must build a diffusers UNet2DModel", error, "Mend its keys.") from error
     if tame:
-        tame_time(unet)
+        tame_time(unet, fastest=1 / 250)
     return UNet2D(unet, sigma_data, sigma_min, sigma_max, has_null=bool(unet.config.num_class_embeds))
 
 
@@ -109,7 +84,7 @@ def unet2d(path: str, sigma_data: float, sigma_min: float, sigma_max: float, has
         first = str(error).strip().splitlines()[0]
         raise UserError("networks.path", "must hold a diffusers UNet2DModel", path, first) from error
     if tame:
-        tame_time(unet)
+        tame_time(unet, fastest=1 / 250)
     return UNet2D(unet, sigma_data, sigma_min, sigma_max, has_null)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diffdistill.errors import UserError
 from diffdistill.networks.call import current_call
+from diffdistill.networks.tamed import TamedLinear
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class LoraLayer(nn.Module):
         call = current_call()
         if call is None or call.role not in self.down:
             return out
-        update = self.up[call.role](self.down[call.role](x.to(self.down[call.role].weight.dtype)))
+        seen = x * self.base.keep if isinstance(self.base, TamedLinear) else x  # held columns stay held
+        update = self.up[call.role](self.down[call.role](seen.to(self.down[call.role].weight.dtype)))
         return out + (self.scales[call.role] * update).to(out.dtype)
 
     @torch.no_grad()

@@ -1,0 +1,123 @@
+"""Exports: stock folders, verified in a process without this package."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffdistill.config import compose
+from diffdistill.errors import UserError
+from diffdistill.export import grid_indices, refusal, verify, write
+from diffdistill.generator import Generator
+from diffdistill.run import Recipe, assemble
+
+TINY = "{sample_size:8,in_channels:1,out_channels:1,layers_per_block:1,block_out_channels:[8,16],\
+down_block_types:[DownBlock2D,DownBlock2D],up_block_types:[UpBlock2D,UpBlock2D],norm_num_groups:4,num_class_embeds:11}"
+
+
+def tiny(distiller: str = "dmd2", *overrides: str) -> tuple[Recipe, dict]:
+    """A run on a small random UNet of the real class, its student moved away from the teacher."""
+    words = ["data=digits", "networks=digits_scratch", f"networks.config={TINY}", f"distiller={distiller}", "run_dir=none"]
+    settings = compose("train", [*words, *overrides])
+    recipe = assemble(settings)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in recipe.networks.weights("student"):
+            weight.add_(0.05 * torch.randn_like(weight))
+    return recipe, settings
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recipe]:
+    recipe, settings = tiny()
+    return write(recipe, tmp_path_factory.mktemp("export") / "pipeline", settings, {}), recipe
+
+
+def test_the_folder_is_a_stock_pipeline_with_its_call_and_card(exported: tuple[Path, Recipe]) -> None:
+    folder, recipe = exported
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["_class_name"] == "ConsistencyModelPipeline"
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["sigma_min"], scheduler["sigma_max"], scheduler["sigma_data"]) == (0.002, 20.0, 0.5)
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    assert unet["num_class_embeds"] == 10  # the null row stays behind
+    assert json.loads((folder / "call.json").read_text())["call"] == {}  # the plain call is one step
+    assert "DiffusionPipeline.from_pretrained" in (folder / "README.md").read_text()
+    assert not list(folder.rglob("*.py"))
+
+
+def test_it_loads_and_runs_where_this_package_cannot_be_imported(exported: tuple[Path, Recipe]) -> None:
+    code = (
+        "import sys; sys.modules['diffdistill'] = None\n"
+        "from diffusers import DiffusionPipeline\n"
+        f"images = DiffusionPipeline.from_pretrained({str(exported[0])!r})(batch_size=4, class_labels=[0, 1, 2, 3]).images\n"
+        "assert len(images) == 4 and images[0].size == (8, 8)"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("key", "value"), [("sigma_max", 10.0), ("sigma_data", 0.6)])
+def test_a_tampered_scheduler_config_is_refused(
+    exported: tuple[Path, Recipe], tmp_path: Path, key: str, value: float
+) -> None:
+    import shutil
+
+    folder, recipe = exported
+    copy = tmp_path / "tampered"
+    shutil.copytree(folder, copy)
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    generator = recipe.distiller.generator
+    assert isinstance(generator, Generator)
+    with pytest.raises(UserError, match="must equal the run's own samples"):
+        verify(copy, recipe, generator)
+
+
+def test_a_few_step_student_on_the_grid_round_trips(tmp_path: Path) -> None:
+    high, low = 20.0 ** (1 / 7), 0.002 ** (1 / 7)
+    time = (high + 12 / 39 * (low - high)) ** 7
+    recipe, settings = tiny("dmd2", f"distiller.times=[20.0,{time!r}]")
+    folder = write(recipe, tmp_path / "two", settings, {})
+    assert json.loads((folder / "call.json").read_text())["call"] == {"timesteps": [12, 0]}
+
+
+def test_a_lora_student_is_merged(tmp_path: Path) -> None:
+    recipe, settings = tiny("dmd2", "roles.student=lora", "lora.rank=2")
+    before = recipe.networks.teacher.unet.conv_in.base.weight.clone()
+    folder = write(recipe, tmp_path / "lora", settings, {})  # verified against the adapter's own samples
+    assert torch.equal(before, recipe.networks.teacher.unet.conv_in.base.weight)
+    assert not any("lora" in name.name or "adapter" in name.name for name in folder.rglob("*"))
+
+
+def test_a_trained_denoiser_becomes_the_model_folder_it_came_from(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    recipe, settings = tiny("denoising")
+    folder = write(recipe, tmp_path / "unet", settings, {})
+    unet = UNet2DModel.from_pretrained(folder)
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 4.0]), torch.tensor([1, 10])
+    network = recipe.networks["student"].network
+    ours = network(x, network.time(t), {"label": labels})
+    assert torch.allclose(unet(x, network.time(t), class_labels=labels).sample, ours, atol=1e-6)
+
+
+def test_times_off_the_grid_are_refused_with_the_nearest() -> None:
+    assert grid_indices((20.0,), 0.002) == [0]
+    with pytest.raises(UserError, match="The nearest time on it is"):
+        grid_indices((20.0, 3.0), 0.002)
+
+
+def test_points_have_no_pipeline_and_the_reason_is_given() -> None:
+    recipe = assemble(compose("train", ["data=gmm2d", "distiller=dmd2", "run_dir=none"]))  # type: ignore[arg-type]
+    assert "diffusers class" in str(refusal(recipe))
+
+
+def test_an_existing_folder_is_never_overwritten(exported: tuple[Path, Recipe]) -> None:
+    folder, recipe = exported
+    with pytest.raises(UserError, match="must not exist yet"):
+        write(recipe, folder, {}, {})
