@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def jvp(
-    function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
-) -> tuple[Any, Any]:
+def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
     """Value of `function` at `primals` and its derivative along `tangents`, exactly.
 
     primals, tangents: tensors of equal shapes, one tangent per argument. The function may return a tensor or a
@@ -20,4 +18,5 @@ def jvp(
     attention has none, the math backend has.
     """
     with torch.no_grad():
-        return torch.func.jvp(function, primals, tangents)
+        value, tangent = torch.func.jvp(function, primals, tangents)[:2]
+    return value, tangent

@@ -77,7 +77,7 @@ def _one(distiller: str, teacher: str, pairs: int, quick: bool) -> dict[str, Any
     if quick:
         overrides.append(f"trainer.batch_size={QUICK['batch_size']}")
     settings = compose("train", [f"data={_data_of(teacher)}", *overrides])
-    recipe, trainer = assemble(settings), build(settings.trainer)  # type: ignore[arg-type]
+    recipe, trainer = assemble(settings), build(settings.trainer)
     bench = _Bench(recipe, trainer)
     cycle = _period(recipe.distiller.phases)
     for warm in range(cycle):
@@ -220,4 +220,6 @@ def _machine() -> dict[str, Any]:
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

@@ -18,7 +18,9 @@ def save(networks: Networks, folder: Path, step: int) -> None:
     target = folder / f"step-{step:08d}"
     target.mkdir(parents=True, exist_ok=True)
     for role in networks.owned:
-        save_file({key: value.contiguous() for key, value in networks.state(role).items()}, target / f"{role}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in networks.state(role).items()}, target / f"{role}.safetensors"
+        )
     for role, average in networks.averages().items():
         named = dict(zip((name for name, _ in networks.named_weights(role)), average.average, strict=True))
         save_file(named, target / f"average-{role}.safetensors")

@@ -1,4 +1,4 @@
-"""Data sets: the embedded digits and toy densities. Draws go through Rng, so they do not depend on the process count."""
+"""Data sets: the embedded digits and toy densities. Draws go through Rng: the process count does not matter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Source:
 
 PROCEDURAL = Source("drawn by this package", "apache-2.0")
 SCANS = Source(
-    'scikit-learn\'s copy of the UCI "Optical Recognition of Handwritten Digits" scans (Alpaydin & Kaynak 1998)', "cc-by-4.0"
+    'scikit-learn\'s copy of the UCI "Optical Recognition of Handwritten Digits" scans (Alpaydin & Kaynak 1998)',
+    "cc-by-4.0",
 )
 
 

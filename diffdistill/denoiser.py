@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -132,11 +132,8 @@ class Denoiser:
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int]) -> list[Tensor]:
         """Outputs of blocks `layers` at (x_t, t) without guidance; the network stops after the last of them."""
-        with self._hooked(layers, stop=True) as features:
-            try:
-                self._raw(x_t, t, t, cond)
-            except _EarlyStop:
-                pass
+        with self._hooked(layers, stop=True) as features, suppress(_EarlyStop):
+            self._raw(x_t, t, t, cond)
         outputs = [features[layer][0] for layer in layers]
         graph = any(output.requires_grad for output in outputs)
         note_pass(Pass(self.role, len(x_t), graph, x_t.requires_grad and graph, tuple(layers)))
@@ -144,7 +141,8 @@ class Denoiser:
 
     @contextmanager
     def _hooked(self, layers: Sequence[int], stop: bool) -> Iterator[dict[int, list[Tensor]]]:
-        blocks, found = self.network.blocks, {layer: [] for layer in layers}
+        blocks = self.network.blocks
+        found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         if not layers or not all(0 <= layer < len(blocks) for layer in layers):
             raise UserError(
                 "layers", f"must be indices of the network's {len(blocks)} blocks", list(layers), "Choose among them."
@@ -178,7 +176,8 @@ class Denoiser:
 
     def _raw(self, x: Tensor, t_state: Tensor, t: Tensor, cond: Cond) -> Tensor:
         x_in = (expand(self.network.scale(t_state), x) * x).to(x.dtype)
-        with enter(Call(self.role, t, cond.get("step"), cond.get("w"), cond.get("s"))):
+        s = self.network.time(cond["s"]) if "s" in cond else None
+        with enter(Call(self.role, t, cond.get("step"), cond.get("w"), s)):
             out = self.network(x_in, self.network.time(t), cond)
         note_pass(Pass(self.role, len(x), out.requires_grad, x.requires_grad and out.requires_grad))
         return out

@@ -54,7 +54,8 @@ def _version(name: str) -> str:
 
 
 def _devices() -> dict[str, str]:
-    found = {"cpu": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    name = platform.processor() or platform.machine()
+    found = {"cpu": f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         found[f"cuda:{index}"] = torch.cuda.get_device_name(index)
     found["cuda"] = "available" if torch.cuda.is_available() else "none"
@@ -83,4 +84,8 @@ def _caches() -> dict[str, str]:
 
 def _assets() -> dict[str, str]:
     folder = Path(__file__).parent / "assets"
-    return {p.name: f"{sum(f.stat().st_size for f in p.iterdir()) / 1e6:.2f} MB" for p in sorted(folder.iterdir()) if p.is_dir()}
+    return {
+        p.name: f"{sum(f.stat().st_size for f in p.iterdir()) / 1e6:.2f} MB"
+        for p in sorted(folder.iterdir())
+        if p.is_dir()
+    }

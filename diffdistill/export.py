@@ -150,7 +150,10 @@ def verify(folder: Path, recipe: Recipe, generator: Generator) -> float:
     difference = float((ours.clamp(-1, 1) / 2 + 0.5 - images).abs().max())
     if not difference <= TOLERANCE:
         raise UserError(
-            "export", f"must equal the run's own samples within {TOLERANCE:g}", f"{difference:.3g}", "Nothing was written."
+            "export",
+            f"must equal the run's own samples within {TOLERANCE:g}",
+            f"{difference:.3g}",
+            "Nothing was written.",
         )
     return difference
 
@@ -234,7 +237,7 @@ tags: [diffdistill, {method.lower()}, few-step]
 ---
 # {method} student of {teacher}
 
-{recipe.distiller.generator.nfe} network evaluation(s) per sample, no guidance at inference. Load it with diffusers alone:
+{recipe.distiller.generator.nfe} network evaluation(s) per sample, no guidance. Load it with diffusers alone:
 
 ```python
 from diffusers import DiffusionPipeline
@@ -265,15 +268,15 @@ Made by `{_command(settings)}`. Training data: {source.description}.
 {_figures(summary)}"""
 
 
-_MLP_DESCRIPTION = """An MLP of this package (`diffdistill.networks.mlp.mlp(path)`): config.json holds its shape, the process is EDM, the
-raw output F: x0 = c_skip x + c_out F(x / sqrt(sigma^2 + sigma_data^2), ln(sigma) / 4)."""
+_MLP_DESCRIPTION = """An MLP of this package (`diffdistill.networks.mlp.mlp(path)`): config.json holds its shape, the
+process is EDM, the raw output F: x0 = c_skip x + c_out F(x / sqrt(sigma^2 + sigma_data^2), ln(sigma) / 4)."""
 
 
 def _unet_description(network: UNet2D) -> str:
     process, kind = network.process, network.kind
     null = f" Class row {network.num_classes - 1} is the null condition (label dropout)." if network.null else ""
-    return f"""A stock `diffusers.UNet2DModel` under the process and scalings of `CMStochasticIterativeScheduler` with sigma_min
-{process.t_min}, sigma_max {process.t_max}, sigma_data {kind.sigma_data}:
+    return f"""A stock `diffusers.UNet2DModel` under the process and scalings of `CMStochasticIterativeScheduler`
+with sigma_min {process.t_min}, sigma_max {process.t_max}, sigma_data {kind.sigma_data}:
 x0 = c_skip x + c_out F(x / sqrt(sigma^2 + sigma_data^2), 250 ln sigma). Pixels lie in [-1, 1].{null}"""
 
 
@@ -281,7 +284,10 @@ def _figures(summary: Mapping[str, Any]) -> str:
     student = summary.get("student") or {}
     if not student:
         return "No figures were measured in this run.\n"
-    lines = [f"| {key} | {value if isinstance(value, int | list) else format(value, '.4g')} |" for key, value in student.items()]
+    lines = [
+        f"| {key} | {value if isinstance(value, int | list) else format(value, '.4g')} |"
+        for key, value in student.items()
+    ]
     protocol = summary["protocol"]
     return (
         "| figure | value |\n|---|---|\n" + "\n".join(lines)
@@ -299,4 +305,3 @@ def _licence(teacher: str) -> str:
     card = Path(resolve(teacher)) / "README.md"
     lines = card.read_text().splitlines() if card.is_file() else []
     return next((line.removeprefix("license:").strip() for line in lines if line.startswith("license:")), "unknown")
-

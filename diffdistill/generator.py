@@ -115,7 +115,7 @@ class Generator:
             with torch.no_grad():
                 x_in, t = self._gather(z, cond, noise, index)
         x0 = self._call(x_in, t, cond, index)
-        s = self._grid(z)[1:] + [torch.full_like(t, self.student.process.t_min)]
+        s = [*self._grid(z)[1:], torch.full_like(t, self.student.process.t_min)]
         s_of = torch.stack(s).gather(0, index[None])[0]
         eps = self._noise(z, noise)
         last = (index == num_steps - 1).view(-1, *[1] * (z.ndim - 1))
@@ -157,4 +157,3 @@ class Generator:
         x0 = self._call(x, grid[step], cond, torch.full_like(grid[step], step, dtype=torch.int64))
         eps = self._noise(z, rng)
         return self.renoise(self.student.process, x0, x, grid[step], grid[step + 1], eps)
-

@@ -37,9 +37,7 @@ def unit_weight(t: Tensor, process: NoiseProcess) -> Tensor:
     return torch.ones_like(t)
 
 
-def denoising(
-    denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, weight: DenoisingWeight
-) -> Tensor:
+def denoising(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, weight: DenoisingWeight) -> Tensor:
     """weight(t) |D(x_t, t) - x0|^2, mean over coordinates, [B]. Minimised by E[x0 | x_t] whatever the weight."""
     x_t = denoiser.process.add_noise(x0, eps, t)
     return weight(t, denoiser.process) * sample_mean((denoiser(x_t, t, cond) - x0).square())

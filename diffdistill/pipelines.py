@@ -36,7 +36,10 @@ class PipelineSampler:
         path = Path(folder)
         if not (path / "model_index.json").is_file():
             raise UserError(
-                "pipeline", "must be a diffusers pipeline folder (with model_index.json)", folder, "Look one level down."
+                "pipeline",
+                "must be a diffusers pipeline folder (with model_index.json)",
+                folder,
+                "Look one level down.",
             )
         try:
             pipeline = DiffusionPipeline.from_pretrained(folder)
@@ -57,7 +60,9 @@ class PipelineSampler:
         inputs: dict[str, Any] = {"batch_size": z.shape[0]}
         if "label" in cond:
             if "class_labels" not in parameters:
-                raise UserError("pipeline", "must take class_labels for data with classes", type(self.pipeline), "Use another.")
+                raise UserError(
+                    "pipeline", "must take class_labels for data with classes", type(self.pipeline), "Use another."
+                )
             inputs["class_labels"] = cond["label"]
         generator = torch.Generator().manual_seed(rng.torch_seed())
         images = self.pipeline(**inputs, **self.call, generator=generator, output_type="pt").images
@@ -73,5 +78,7 @@ def with_steps(sampler: Sampler, steps: int | None) -> Sampler:
     if isinstance(sampler, OdeSampler):
         return sampler.with_steps(steps)
     if steps != sampler.nfe:
-        raise UserError("steps", f"must be {sampler.nfe}, the number the student was trained for", steps, "Leave it out.")
+        raise UserError(
+            "steps", f"must be {sampler.nfe}, the number the student was trained for", steps, "Leave it out."
+        )
     return sampler

@@ -6,6 +6,7 @@ pred = a x0 + b eps; together with x_t = alpha x0 + sigma eps that is a 2x2 syst
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -83,7 +84,7 @@ class NoiseProcess(ABC):
         return expand(alpha, x0) * x0 + expand(sigma, x0) * eps
 
     def diffuse(self, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """Noise x_s from time s to t >= s: mean (alpha_t / alpha_s) x_s, variance sigma_t^2 - (alpha_t sigma_s / alpha_s)^2.
+        """Noise x_s from s to t >= s: mean (alpha_t/alpha_s) x_s, variance sigma_t^2 - (alpha_t sigma_s/alpha_s)^2.
 
         x_s, eps: [B, ...]; s, t: [B]. alpha_s must not be 0.
         """
@@ -94,7 +95,7 @@ class NoiseProcess(ABC):
         return expand(ratio, x_s) * x_s + expand(spread, x_s) * eps
 
     def jump(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The point at time s with the same x0 and eps: x_s = (sigma_s/sigma_t) x_t + (alpha_s - alpha_t sigma_s/sigma_t) x0.
+        """The point at s with the same x0 and eps: (sigma_s/sigma_t) x_t + (alpha_s - alpha_t sigma_s/sigma_t) x0.
 
         Exact along the PF-ODE while the prediction x0 is constant (DDIM). s == t gives x_t.
         """
@@ -143,7 +144,7 @@ class NoiseProcess(ABC):
     def check_times(self, key: str, times: tuple[float, ...]) -> None:
         """Refuse a grid that does not decrease strictly within (t_min, t_max]."""
         inside = all(self.t_min < t <= self.t_max for t in times)
-        if not times or not inside or any(a <= b for a, b in zip(times, times[1:], strict=False)):
+        if not times or not inside or any(a <= b for a, b in itertools.pairwise(times)):
             raise UserError(
                 key,
                 f"must decrease within (t_min, t_max] = ({self.t_min:g}, {self.t_max:g}]",

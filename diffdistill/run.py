@@ -243,13 +243,17 @@ class Run:
 
 def picture(data: Data, sampler: Sampler, num: int, seed: int, path: Path, networks: Networks | None = None) -> None:
     """Draw a grid of images, one class per column where there are classes, or a scatter plot of points."""
-    where = (networks.device, networks.dtype) if networks is not None else ("cpu", torch.float32)
+    device, dtype = _where(networks)
     labels = torch.arange(num) % data.num_classes if data.num_classes else None
-    samples, _ = harness.draw(sampler, data, num, seed, 500, *where, labels=labels)
+    samples, _ = harness.draw(sampler, data, num, seed, 500, device, dtype, labels)
     if len(data.shape) == 3:
         plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= 16 else 8)
     else:
         plots.scatter(samples, data.reference().data, path)
+
+
+def _where(networks: Networks | None) -> tuple[torch.device, torch.dtype]:
+    return (torch.device("cpu"), torch.float32) if networks is None else (networks.device, networks.dtype)
 
 
 def sample(
@@ -287,8 +291,7 @@ def evaluate(
     judge.check(set_)
     if out is not None:
         _new_file("out", out)
-    where = (networks.device, networks.dtype) if networks is not None else ("cpu", torch.float32)
-    figures, protocol = harness.evaluate(sampler, set_, judge, *where)
+    figures, protocol = harness.evaluate(sampler, set_, judge, *_where(networks))
     Console().print(harness.table([(run or pipeline or "", figures)]))
     result = {"schema": SCHEMA, "source": run or pipeline, "figures": figures, "protocol": protocol.to_json()}
     if out is not None:
@@ -311,12 +314,16 @@ def _source(
 ) -> tuple[Data, Sampler, Networks | None]:
     """Data, sampler and (for a run) networks that sample and evaluate were pointed at."""
     if (run is None) == (pipeline is None):
-        raise UserError("run, pipeline", "must be given one or the other", f"run={run} pipeline={pipeline}", "Give one.")
+        raise UserError(
+            "run, pipeline", "must be given one or the other", f"run={run} pipeline={pipeline}", "Give one."
+        )
     if run is not None:
         recipe, _ = load_run(run)
         chosen: Data = recipe.data if data is None else build(data)
         if chosen.shape != recipe.data.shape:
-            raise UserError("data", f"must have the run's sample shape {recipe.data.shape}", chosen.shape, "Leave it out.")
+            raise UserError(
+                "data", f"must have the run's sample shape {recipe.data.shape}", chosen.shape, "Leave it out."
+            )
         return chosen, with_steps(recipe.distiller.generator, steps), recipe.networks
     if data is None:
         raise UserError("data", "must say what the pipeline generates", None, "Add data=digits, for example.")
@@ -330,9 +337,9 @@ def load_run(run: str) -> tuple[Recipe, Mapping[str, Any]]:
         raise UserError("run", "must be a folder that `diffdistill train` wrote", run, "Look for its config.yaml.")
     settings = OmegaConf.load(folder / "config.yaml")
     assert isinstance(settings, DictConfig)
-    recipe = assemble(settings)  # type: ignore[arg-type]
+    recipe = assemble(settings)
     checkpoint.load_averaged(recipe.networks, checkpoint.latest(folder / "checkpoints"))
-    return recipe, settings  # type: ignore[return-value]
+    return recipe, settings
 
 
 def _new_file(key: str, path: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -135,7 +136,8 @@ class Sampler(Protocol):
 class OdeSampler:
     """The teacher's many-step sampler: one solver over one grid, ending with the denoiser's x0 at the last time.
 
-    times: decreasing, at least two.  grid: the function that made them.  The last step of Heun is a DDIM step to t_min, as in EDM's algorithm 1.
+    times: decreasing, at least two.  grid: the function that made them.  The last step of Heun is a DDIM step to t_min,
+    as in EDM's algorithm 1.
     """
 
     denoiser: Denoiser
@@ -176,7 +178,7 @@ def sample(denoiser: Denoiser, solver: Solver, times: tuple[float, ...], z: Tens
     step = solver.start() if isinstance(solver, DPMpp2M) else solver
     grid = [torch.full((z.shape[0],), time, dtype=_time_dtype(z), device=z.device) for time in times]
     x = expand(denoiser.process.alpha_sigma(grid[0])[1], z) * z
-    for index, (t, s) in enumerate(zip(grid, grid[1:], strict=False)):
+    for index, (t, s) in enumerate(itertools.pairwise(grid)):
         last = index == len(grid) - 2 and solver is heun
         x = (ddim if last else step)(denoiser, x, t, s, cond)
     return x

@@ -252,7 +252,10 @@ class Trainer:
             values = getattr(self, key)
             if unknown := sorted(set(values) - {"default", *networks.trainable}):
                 raise UserError(
-                    f"trainer.{key}.{unknown[0]}", f"must be default or among {networks.trainable}", "it", "Mend the name."
+                    f"trainer.{key}.{unknown[0]}",
+                    f"must be default or among {networks.trainable}",
+                    "it",
+                    "Mend the name.",
                 )
         for key in ("optimizer", "lr"):
             if missing := [r for r in networks.trainable if not {r, "default"} & set(getattr(self, key))]:

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Call:
-    """role: name of the role.  t: [B] time.  step, w, s: [B] extra inputs or None.  seed: of dropout, or None."""
+    """role: name of the role.  t: [B] time.  step, w, s: [B] extra inputs or None, s as the network's time map gives
+    it.  seed: of dropout, or None."""
 
     role: str
     t: Tensor | None = None

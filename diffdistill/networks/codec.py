@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def _same(x: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ class Codec:
 PIXELS = Codec()
 
 
-def vae_codec(vae: nn.Module) -> Codec:
+def vae_codec(vae: Any) -> Codec:
     """A diffusers autoencoder with its scaling_factor and (SD3, Flux) shift_factor; encode takes the mean latent."""
     scaling = float(vae.config.scaling_factor)
     shift = float(getattr(vae.config, "shift_factor", None) or 0.0)

@@ -30,7 +30,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Power:
-    """Decay (1 - 1/k)^(gamma + 1) at update k: a horizon that grows with training. Karras et al. 2023, arXiv:2312.02696."""
+    """Decay (1 - 1/k)^(gamma + 1) at update k: a horizon that grows. Karras et al. 2023, arXiv:2312.02696."""
 
     gamma: float
 
@@ -46,8 +46,9 @@ class Ema:
     """An average of `source` held in `average`, tensors of equal shapes; `average` starts as a copy of `source`."""
 
     def __init__(self, source: Sequence[Tensor], rate: Rate, average: Sequence[Tensor] | None = None) -> None:
-        self.source, self.rate, self.updates = list(source), rate, 0
+        self.source, self.rate = list(source), rate
         self.average = [p.detach().clone() for p in source] if average is None else [p.detach() for p in average]
+        self.restart()
 
     @torch.no_grad()
     def update(self) -> None:

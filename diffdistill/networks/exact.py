@@ -129,8 +129,14 @@ class Gaussian(_Analytic):
         z, q_p, q = x / sigma_p, torch.hypot(alpha_p * std, sigma_p), torch.hypot(alpha * std, sigma)
         # (x_t - sigma z) / alpha without its cancellation, so that a prior without signal gives D at t_max
         silent = alpha_p.abs() < 1e-6  # cos(pi/2) is not 0 in floating point
-        rest = torch.where(silent, torch.zeros_like(alpha), alpha_p / torch.where(silent, torch.ones_like(alpha), alpha))
-        gain = std.square() * (alpha * sigma_p.square() - rest * alpha_p * sigma.square()) / (q_p * (q * sigma_p + sigma * q_p))
+        rest = torch.where(
+            silent, torch.zeros_like(alpha), alpha_p / torch.where(silent, torch.ones_like(alpha), alpha)
+        )
+        gain = (
+            std.square()
+            * (alpha * sigma_p.square() - rest * alpha_p * sigma.square())
+            / (q_p * (q * sigma_p + sigma * q_p))
+        )
         return mean * (1 - rest * q / q_p) + gain * z
 
 
@@ -141,6 +147,7 @@ class Mixture(_Analytic):
     """
 
     closed_form = True
+    centres: Tensor
 
     def __init__(self, process: NoiseProcess, centres: Sequence[Sequence[float]], std: float) -> None:
         super().__init__()

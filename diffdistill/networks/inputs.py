@@ -50,9 +50,9 @@ class EmbeddingWithInputs(nn.Module):
         self.base = base
         self.roles = nn.ModuleDict()
 
-    def add(self, role: str, names: tuple[str, ...], width: int, time: Callable[[Tensor], Tensor]) -> nn.ModuleDict:
-        """Embedders of `role`: s goes through the network's own time map, w is scaled by 1000 as in LCM."""
-        prepare: dict[str, Callable[[Tensor], Tensor]] = {"s": time, "w": _thousandfold, "step": _same}
+    def add(self, role: str, names: tuple[str, ...], width: int) -> nn.ModuleDict:
+        """Embedders of `role`: s comes through the network's own time map, w is scaled by 1000 as in LCM."""
+        prepare: dict[str, Callable[[Tensor], Tensor]] = {"s": _same, "w": _thousandfold, "step": _same}
         unknown = [name for name in names if name not in NAMES]
         if unknown:
             raise UserError("inputs", f"must be among {NAMES}", unknown, "Use one of these names.")

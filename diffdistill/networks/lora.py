@@ -10,12 +10,14 @@ import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
 from diffdistill.networks.call import current_call
+from diffdistill.networks.inputs import EmbeddingWithInputs
 from diffdistill.networks.tamed import TamedLinear
 
 
@@ -55,13 +57,13 @@ class LoraLayer(nn.Module):
         """Give `role` an update that is zero at first (its second factor is)."""
         base, device = self.base, self.base.weight.device
         if isinstance(base, nn.Conv2d):
-            geometry = (base.kernel_size, base.stride, base.padding, base.dilation)
-            down: nn.Module = nn.Conv2d(base.in_channels, spec.rank, *geometry, bias=False, device=device)
-            up: nn.Module = nn.Conv2d(spec.rank, base.out_channels, 1, bias=False, device=device)
+            geometry: Any = {name: getattr(base, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+            down: nn.Conv2d | nn.Linear = nn.Conv2d(base.in_channels, spec.rank, bias=False, device=device, **geometry)
+            up: nn.Conv2d | nn.Linear = nn.Conv2d(spec.rank, base.out_channels, 1, bias=False, device=device)
         else:
             down = nn.Linear(base.in_features, spec.rank, bias=False, device=device)
             up = nn.Linear(spec.rank, base.out_features, bias=False, device=device)
-        nn.init.zeros_(up.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(up.weight)
         # adapters train in float32, or wider where the base is
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.down[role], self.up[role] = down.to(dtype), up.to(dtype)
@@ -73,16 +75,20 @@ class LoraLayer(nn.Module):
         if call is None or call.role not in self.down:
             return out
         seen = x * self.base.keep if isinstance(self.base, TamedLinear) else x  # held columns stay held
-        update = self.up[call.role](self.down[call.role](seen.to(self.down[call.role].weight.dtype)))
+        down, up = self._factors(call.role)
+        update = up(down(seen.to(down.weight.dtype)))
         return out + (self.scales[call.role] * update).to(out.dtype)
+
+    def _factors(self, role: str) -> tuple[Any, Any]:
+        return self.down[role], self.up[role]
 
     @torch.no_grad()
     def merged(self, role: str) -> nn.Linear | nn.Conv2d:
         """A plain layer with the role's update folded into the weight."""
         layer = copy.deepcopy(self.base)
         if role in self.down:
-            down, up = self.down[role].weight, self.up[role].weight
-            delta = torch.einsum("or...,ri...->oi...", up.flatten(1), down)
+            down, up = self._factors(role)
+            delta = torch.einsum("or...,ri...->oi...", up.weight.flatten(1), down.weight)
             layer.weight += (self.scales[role] * delta).to(layer.weight.dtype)
         return layer
 
@@ -90,21 +96,23 @@ class LoraLayer(nn.Module):
 def adapt(network: nn.Module, role: str, spec: LoraSpec) -> list[LoraLayer]:
     """Give `role` an adapter on every targeted layer of `network` (in place); returns the layers, in module order."""
     chosen = []
+    added = _added(network)
+    # the names modules had before extra inputs wrapped the time embedding
+    wrapped = [name for name, module in network.named_modules() if isinstance(module, EmbeddingWithInputs)]
     for name, module in list(network.named_modules()):
+        if module in added:
+            continue
         if isinstance(module, LoraLayer):
             layer = module
         elif isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
-            if name.endswith(".base"):
-                continue
             layer = LoraLayer(module)
         else:
             continue
-        if re.search(r"\.(down|up)\.[^.]+$", name) and isinstance(_parent(network, name, 2), LoraLayer):
-            continue
-        if spec.targets is not None and not any(re.search(target, name) for target in spec.targets):
+        plain = next((w + name.removeprefix(f"{w}.base") for w in wrapped if name.startswith(f"{w}.base")), name)
+        if spec.targets is not None and not any(re.search(target, plain) for target in spec.targets):
             continue
         if layer is not module:
-            setattr(_parent(network, name, 1), name.rsplit(".", 1)[-1], layer)
+            setattr(_parent(network, name), name.rsplit(".", 1)[-1], layer)
         layer.add(role, spec)
         chosen.append(layer)
     if not chosen:
@@ -118,12 +126,22 @@ def merge(network: nn.Module, role: str) -> None:
     """Replace every LoraLayer of `network` (in place) by a plain layer with the role's update folded in."""
     for name, module in list(network.named_modules()):
         if isinstance(module, LoraLayer):
-            setattr(_parent(network, name, 1), name.rsplit(".", 1)[-1], module.merged(role))
+            setattr(_parent(network, name), name.rsplit(".", 1)[-1], module.merged(role))
 
 
-def _parent(network: nn.Module, name: str, levels: int) -> nn.Module:
-    parts = name.split(".")[:-levels]
-    return network.get_submodule(".".join(parts))
+def _added(network: nn.Module) -> set[nn.Module]:
+    """What lies inside adapted layers, and the embedders of extra inputs: none of it gets an adapter."""
+    inside: set[nn.Module] = set()
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            inside.update(list(module.modules())[1:])
+        elif isinstance(module, EmbeddingWithInputs):
+            inside.update(module.roles.modules())
+    return inside
+
+
+def _parent(network: nn.Module, name: str) -> nn.Module:
+    return network.get_submodule(name.rpartition(".")[0])
 
 
 def _examples(network: nn.Module) -> str:

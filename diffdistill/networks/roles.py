@@ -186,7 +186,8 @@ class Networks:
 
     def compile(self) -> None:
         """torch.compile every network in place, once per distinct module."""
-        for network in {id(v.network): v.network for v in self._views.values() if isinstance(v, Denoiser)}.values():
+        networks: dict[int, Any] = {id(v.network): v.network for v in self._views.values() if isinstance(v, Denoiser)}
+        for network in networks.values():
             network.compile()
 
     def mean(self, x: Tensor) -> Tensor:
@@ -261,14 +262,14 @@ class Networks:
             network = copy.deepcopy(source)
             own: nn.Module = network
             if role.inputs:
-                _with_inputs(network).add(name, role.inputs, network.embedding_width, network.time)
+                _with_inputs(network).add(name, role.inputs, network.embedding_width)
         else:
             network = self.teacher
             own = nn.Module()
             for index, layer in enumerate(adapt(network, name, self.lora)):
                 own.add_module(str(index), _RoleAdapter(layer, name))
             if role.inputs:
-                inputs = _with_inputs(network).add(name, role.inputs, network.embedding_width, network.time)
+                inputs = _with_inputs(network).add(name, role.inputs, network.embedding_width)
                 own.add_module("inputs", inputs)
         self._modules[name] = own
         written_target = guidance if role.writable and name.startswith("target") else None
@@ -278,7 +279,8 @@ class Networks:
     def _build_heads(self, name: str, role: Role) -> None:
         view: Denoiser = self._views[role.reads or "teacher"]
         layers = role.layers or (len(view.network.blocks) // 2,)
-        weight = next(view.network.parameters())
+        network: Any = view.network
+        weight = next(network.parameters())
         x = torch.zeros(1, *self.shape, device=weight.device, dtype=weight.dtype)
         t = torch.full((1,), view.process.t_max, device=weight.device)
         cond = {key: value.to(weight.device) for key, value in self.cond.items()}
@@ -304,5 +306,3 @@ def _with_inputs(network: Any) -> EmbeddingWithInputs:
         embedding = EmbeddingWithInputs(embedding)
         setattr(parent, leaf, embedding)
     return embedding
-
-

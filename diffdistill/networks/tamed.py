@@ -12,6 +12,8 @@ from torch import Tensor, nn
 class TamedLinear(nn.Linear):
     """A linear whose masked input columns are held at zero; its state dict is a plain linear's with zeros there."""
 
+    keep: Tensor
+
     def __init__(self, linear: nn.Linear, keep: Tensor) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
         self.load_state_dict(linear.state_dict())
