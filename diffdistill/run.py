@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -52,7 +53,11 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
     Raises UserError if the method needs what data or teacher lack.
     """
     data: Data = build(settings["data"])
-    teacher = build(settings["networks"]).to(device)
+    if torch.device(device).type == "meta":
+        with torch.device("meta"):
+            teacher = build(settings["networks"])
+    else:
+        teacher = build(settings["networks"]).to(device)
     part = build(settings["distiller"])
     needs, roles = part.func.needs(**part.keywords), part.func.roles(**part.keywords)
     has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
@@ -103,8 +108,7 @@ def train(
     refuse_occupied(folder)
     accelerator = _accelerator(precision)
     device = torch.device("meta") if dry_run else accelerator.device
-    with torch.device("meta") if dry_run else torch.device("cpu"):
-        recipe = assemble(settings, device)
+    recipe = assemble(settings, device)
     loop: Trainer = build(trainer)
     judge: Evaluation | None = build(evaluation)
     if judge is not None and judge.metrics == ():
@@ -257,7 +261,13 @@ def _where(networks: Networks | None) -> tuple[torch.device, torch.dtype]:
 
 
 def sample(
-    run: str | None, pipeline: str | None, data: DictConfig | None, num: int, steps: int | None, seed: int, out: str
+    run: str | None,
+    pipeline: str | None,
+    num: int,
+    steps: int | None,
+    seed: int,
+    out: str,
+    data: DictConfig | None = None,
 ) -> str:
     """Draw num samples of a run or a pipeline folder into the picture `out`; returns its path.
 
@@ -275,7 +285,6 @@ def sample(
 def evaluate(
     run: str | None,
     pipeline: str | None,
-    data: DictConfig | None,
     metrics: tuple[str, ...] | None,
     num_samples: int,
     steps: int | None,
@@ -284,6 +293,7 @@ def evaluate(
     replicates: int,
     prdc_space: Literal["values", "features"],
     out: str | None,
+    data: DictConfig | None = None,
 ) -> dict[str, Any]:
     """Measure num_samples samples of a run or a pipeline folder; returns and optionally writes figures and protocol."""
     judge = Evaluation(0, num_samples, num_samples, metrics, seed, batch_size, replicates, "none", prdc_space)
@@ -353,6 +363,7 @@ def _new_file(key: str, path: str) -> Path:
 def _accelerator(precision: str | None) -> Accelerator:
     if precision is None:
         precision = "bf16" if torch.cuda.is_available() else "fp32"
+    AcceleratorState._reset_state()  # a second run of this process may ask for another precision
     accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
     if accelerator.num_processes > 1:
         raise UserError(
@@ -371,8 +382,8 @@ def _file_sha256(path: Path) -> str:
 def _card(networks: Mapping[str, Any]) -> tuple[Path, str]:
     """Where the teacher's card lies and the hash of its weights."""
     folder = Path(resolve(str(networks.get("path", ""))))
-    weights = folder / "diffusion_pytorch_model.safetensors"
-    if not weights.is_file():
+    weights = next(iter(sorted(folder.glob("*.safetensors"))), None) if networks.get("path") else None
+    if weights is None:
         raise UserError(
             "evaluation.teacher", "card needs shipped weights", networks.get("_target_"), "Set it to fresh or none."
         )

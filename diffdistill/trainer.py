@@ -219,7 +219,11 @@ class Trainer:
         return Rng(self.seed, step, phase, range(first, first + self.batch_size), device)
 
     def _optimizer(self, role: str, networks: Networks) -> torch.optim.Optimizer:
-        optimizer = self._of(self.optimizer, role)(networks.weights(role))
+        try:
+            optimizer = self._of(self.optimizer, role)(networks.weights(role))
+        except (ValueError, RuntimeError) as error:  # torch's own checks of rates and flags
+            key = f"trainer.optimizer.{role if role in self.optimizer else 'default'}"
+            raise UserError(key, "must be what torch accepts", error, "Mend its values.") from error
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
@@ -247,7 +251,7 @@ class Trainer:
         return values[role] if role in values else values["default"]
 
     def check_roles(self, networks: Networks) -> None:
-        """Refuse settings for roles the method does not train, and roles without settings."""
+        """Refuse settings for roles the method does not train, roles without settings, and what optimizers refuse."""
         for key in ("optimizer", "lr", "clip", "ema"):
             values = getattr(self, key)
             if unknown := sorted(set(values) - {"default", *networks.trainable}):
@@ -260,6 +264,8 @@ class Trainer:
         for key in ("optimizer", "lr"):
             if missing := [r for r in networks.trainable if not {r, "default"} & set(getattr(self, key))]:
                 raise UserError(f"trainer.{key}", "must have a default or name every role", missing, "Add default.")
+        for role in networks.trainable:
+            self._optimizer(role, networks)
 
     @staticmethod
     def _live(networks: Networks, optimizers: Mapping[str, torch.optim.Optimizer]) -> list[Tensor]:

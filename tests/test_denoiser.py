@@ -175,9 +175,7 @@ def test_a_guidance_interval_follows_into_the_other_process():
     guided = Denoiser(network).guided(Guidance(3.0, network.null, interval=(0.4, 2.5)))
     changed = guided.under(Trig(sigma_data=0.5))
     t_trig, factor = EDM().match(changed.process, t)
-    torch.testing.assert_close(
-        changed(expand(factor, x) * x, t_trig, cond), guided(x, t, cond), rtol=1e-8, atol=1e-9
-    )
+    torch.testing.assert_close(changed(expand(factor, x) * x, t_trig, cond), guided(x, t, cond), rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("source", ["edm", "vp", "rf"])
@@ -420,12 +418,15 @@ def test_a_network_with_boundary_scalings_gives_its_denoiser_as_the_consistency_
     f, t = FlowMap(view, "consistency"), torch.tensor([0.002, 0.5, 20.0])
     assert torch.equal(f.x0(x, t, {}), view(x, t, {}))
     assert torch.equal(f.x0(x, t, {})[0], x[0])
-    assert not torch.allclose(FlowMap(view, "jump")(x, t, torch.full_like(t, 0.002), {})[1], view(x, t, {})[1], rtol=1e-5)
+    assert not torch.allclose(
+        FlowMap(view, "jump")(x, t, torch.full_like(t, 0.002), {})[1], view(x, t, {})[1], rtol=1e-5
+    )
 
 
 @processes
 @pytest.mark.parametrize(
-    ("form", "head"), [("average", "average"), ("denoiser", "jump"), ("flow_map", "consistency"), ("flow_map_f", "consistency")]
+    ("form", "head"),
+    [("average", "average"), ("denoiser", "jump"), ("flow_map", "consistency"), ("flow_map_f", "consistency")],
 )
 def test_no_head_makes_nan_anywhere_in_the_range(name, form, head):
     process = PROCESSES[name]

@@ -56,6 +56,7 @@ def trainer_of(*overrides: str) -> Trainer:
 
 def loss_of(recipe: Recipe, phase: Phase, step: int, batch_size: int) -> torch.Tensor:
     """One draw of a phase's loss, a student phase first where samples are shared."""
+
     def draw(stream: str) -> Rng:
         return Rng(3, step, stream, range(batch_size))
 
@@ -64,7 +65,9 @@ def loss_of(recipe: Recipe, phase: Phase, step: int, batch_size: int) -> torch.T
     return phase.loss(batch, draw(phase.name)).total
 
 
-def gradients(recipe: Recipe, phase: Phase, repeats: int = 40, batch_size: int = 1024) -> dict[str, tuple[float, float]]:
+def gradients(
+    recipe: Recipe, phase: Phase, repeats: int = 40, batch_size: int = 1024
+) -> dict[str, tuple[float, float]]:
     """role.parameter -> mean gradient and its standard error over independent batches."""
     draws: dict[str, list[float]] = {}
     for index in range(repeats):
@@ -160,7 +163,11 @@ def test_a_short_run_lowers_the_distance(name: str) -> None:
         return float(((student.mean - law["mean"]).abs() + (student.std - law["std"]).abs()).sum())
 
     before = distance()
-    rates = ["trainer.optimizer.default.lr=0.01", "trainer.optimizer.default.weight_decay=0", "trainer.clip.default=null"]
+    rates = [
+        "trainer.optimizer.default.lr=0.01",
+        "trainer.optimizer.default.weight_decay=0",
+        "trainer.clip.default=null",
+    ]
     trainer = trainer_of("trainer.steps=250", "trainer.batch_size=256", "trainer.ema={}", *rates)
     quiet = Progress(lambda step, figures: None, lambda step: None, lambda step: None)
     trainer.fit(recipe.distiller, recipe.networks, recipe.data, recipe.needs, Accelerator(), quiet)

@@ -22,7 +22,13 @@ down_block_types:[DownBlock2D,DownBlock2D],up_block_types:[UpBlock2D,UpBlock2D],
 
 def tiny(distiller: str = "dmd2", *overrides: str) -> tuple[Recipe, dict]:
     """A run on a small random UNet of the real class, its student moved away from the teacher."""
-    words = ["data=digits", "networks=digits_scratch", f"networks.config={TINY}", f"distiller={distiller}", "run_dir=none"]
+    words = [
+        "data=digits",
+        "networks=digits_scratch",
+        f"networks.config={TINY}",
+        f"distiller={distiller}",
+        "run_dir=none",
+    ]
     settings = compose("train", [*words, *overrides])
     recipe = assemble(settings)  # type: ignore[arg-type]
     torch.manual_seed(0)
@@ -55,7 +61,8 @@ def test_it_loads_and_runs_where_this_package_cannot_be_imported(exported: tuple
     code = (
         "import sys; sys.modules['diffdistill'] = None\n"
         "from diffusers import DiffusionPipeline\n"
-        f"images = DiffusionPipeline.from_pretrained({str(exported[0])!r})(batch_size=4, class_labels=[0, 1, 2, 3]).images\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({str(exported[0])!r})\n"
+        "images = pipeline(batch_size=4, class_labels=[0, 1, 2, 3]).images\n"
         "assert len(images) == 4 and images[0].size == (8, 8)"
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True, capture_output=True)

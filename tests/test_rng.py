@@ -54,7 +54,8 @@ def test_a_slice_of_the_batch_is_bit_equal_to_the_slice_of_the_whole(shape, dtyp
         assert whole.dtype == dtype
         assert whole.shape == (13, *shape)
     assert torch.equal(
-        Rng(0, 2, "p", part_ids).integers(10**6, (4, *shape)), Rng(0, 2, "p", whole_ids).integers(10**6, (13, *shape))[5:9]
+        Rng(0, 2, "p", part_ids).integers(10**6, (4, *shape)),
+        Rng(0, 2, "p", whole_ids).integers(10**6, (13, *shape))[5:9],
     )
 
 
@@ -115,7 +116,11 @@ def test_fork_is_a_stream_of_its_own_that_starts_at_draw_0():
     before = rng.fork("a").normal((64, 16))
     rng.normal((64, 16))
     assert torch.equal(rng.fork("a").normal((64, 16)), before)
-    others = [rng.fork("b").normal((64, 16)), Rng(0, 0, "p", range(64)).normal((64, 16)), rng.fork("a").fork("a").normal((64, 16))]
+    others = [
+        rng.fork("b").normal((64, 16)),
+        Rng(0, 0, "p", range(64)).normal((64, 16)),
+        rng.fork("a").fork("a").normal((64, 16)),
+    ]
     for other in others:
         assert abs(np.corrcoef(before.flatten(), other.flatten())[0, 1]) < 4 / 32
         assert not (before == other).any()

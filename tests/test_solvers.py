@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -207,7 +208,7 @@ def test_grids_have_one_time_more_than_steps_and_decrease_to_t_min(name, grid, n
         return
     times = grid(process, num_steps)
     assert len(times) == num_steps + 1
-    assert all(a > b for a, b in zip(times, times[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(times))
     assert times[-1] == process.t_min
     assert times[0] == process.t_max
 
@@ -276,7 +277,7 @@ def test_the_last_step_of_heun_is_a_ddim_step():
     before = sample(view, heun, (*times[:-1], times[-2] * 0.999), z, {})  # its last step is DDIM's too, and short
     x = times[0] * z
     full = [torch.full((4,), t, dtype=torch.float64) for t in times]
-    for t, s in zip(full[:-2], full[1:-1], strict=True):
+    for t, s in itertools.pairwise(full[:-1]):
         x = heun(view, x, t, s, {})
     assert torch.equal(sample(view, heun, times, z, {}), ddim(view, x, full[-2], full[-1], {}))
     torch.testing.assert_close(before, x, rtol=1e-2, atol=1e-3)

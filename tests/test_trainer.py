@@ -71,7 +71,9 @@ def test_clipping_bounds_the_update_and_is_per_role() -> None:
     recipe = gauss_recipe("dmd2")
     place(recipe, 3.0, 2.0)
     sgd = "{_target_:torch.optim.SGD,_partial_:true,lr:1.0}"
-    trainer = trainer_of(f"+trainer.optimizer.student={sgd}", "+trainer.clip.student=0.001", "trainer.clip.default=null")
+    trainer = trainer_of(
+        f"+trainer.optimizer.student={sgd}", "+trainer.clip.student=0.001", "trainer.clip.default=null"
+    )
     optimizers = trainer.prepare(recipe.networks)
     before = student(recipe)
     phase = recipe.distiller.phases(0)[0]
@@ -153,7 +155,9 @@ def test_a_transition_promotes_the_student_and_restarts_its_optimizer_and_averag
 
 
 def test_snapshot_and_restore_bring_a_role_back() -> None:
-    early = toy(transitions={0: Transition(snapshot=(("student", "first"),)), 3: Transition(restore=(("first", "student"),))})
+    early = toy(
+        transitions={0: Transition(snapshot=(("student", "first"),)), 3: Transition(restore=(("first", "student"),))}
+    )
     fit(trainer_of("trainer.steps=4"), early)
     once = toy()
     fit(trainer_of("trainer.steps=1"), once)

@@ -146,6 +146,7 @@ class Composite(Distiller):
         self._check(parts, weights)
         self.parts = {name: part(networks=networks) for name, part in parts.items()}
         self.weights = dict(weights)
+        self._active = {name: part for name, part in self.parts.items() if weights[name] != 0}
 
     @classmethod
     def needs(cls, **hyperparameters: Any) -> frozenset[str]:
@@ -168,7 +169,7 @@ class Composite(Distiller):
 
     def phases(self, step: int) -> Sequence[Phase]:
         due: dict[str, list[tuple[str, Phase]]] = {}
-        for name, part in self.parts.items():
+        for name, part in self._active.items():
             for phase in part.phases(step):
                 due.setdefault(phase.name, []).append((name, phase))
         return [self._merged(phase_name, group) for phase_name, group in due.items()]
@@ -183,7 +184,7 @@ class Composite(Distiller):
                 memo = batch.memo.setdefault(name, {})
                 part = phase.loss(replace(batch, memo=memo), rng)
                 weight = self.weights[name]
-                terms |= {f"{name}/{key}": weight * value for key, value in part.terms.items() if weight != 0}
+                terms |= {f"{name}/{key}": weight * value for key, value in part.terms.items()}
                 stats |= {f"{name}/{key}": value for key, value in part.stats.items()}
             return Loss(terms, stats)
 
@@ -194,7 +195,7 @@ class Composite(Distiller):
         return next(iter(self.parts.values())).generator
 
     def after_step(self, step: int) -> Transition | None:
-        due = [t for part in self.parts.values() if (t := part.after_step(step)) is not None]
+        due = [t for part in self._active.values() if (t := part.after_step(step)) is not None]
         if not due:
             return None
         return Transition(

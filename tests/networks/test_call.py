@@ -14,10 +14,15 @@ from diffdistill.networks.mlp import mlp_from_config
 
 def test_calls_nest_and_end_with_their_context_even_after_an_error():
     assert current_call() is None
-    with enter(Call("teacher")):
-        with pytest.raises(RuntimeError, match="inside"), enter(Call("student")):
+
+    def broken():
+        with enter(Call("student")):
             assert current_call().role == "student"
             raise RuntimeError("inside")
+
+    with enter(Call("teacher")):
+        with pytest.raises(RuntimeError, match="inside"):
+            broken()
         assert current_call().role == "teacher"
     assert current_call() is None
 
@@ -72,7 +77,12 @@ def test_recomputation_re_enters_the_call_of_its_forward_pass(dropout):
         with enter(Call("fake_score")):  # another role's call is in progress when the backward pass recomputes
             layer(x)
             out.square().sum().backward()
-        return out, layer.up["student"].weight.grad, layer.down["student"].weight.grad, layer.up["fake_score"].weight.grad
+        return (
+            out,
+            layer.up["student"].weight.grad,
+            layer.down["student"].weight.grad,
+            layer.up["fake_score"].weight.grad,
+        )
 
     plain = gradients(lambda f, x: f(x))
     again = gradients(checkpointed)

@@ -59,9 +59,14 @@ def test_swapped_shows_the_average_and_restores_the_source_even_after_an_error()
     with torch.no_grad():
         source.fill_(4.0)
     average.update()
-    with pytest.raises(RuntimeError, match="inside"), average.swapped():
-        assert torch.equal(source.detach(), torch.ones(2))
-        raise RuntimeError("inside")
+
+    def broken():
+        with average.swapped():
+            assert torch.equal(source.detach(), torch.ones(2))
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        broken()
     assert torch.equal(source.detach(), torch.full((2,), 4.0))
     assert torch.equal(average.average[0], torch.ones(2))
 

@@ -81,8 +81,6 @@ def test_copies_share_no_storage_and_frozen_roles_are_the_teacher():
 
 def test_lora_roles_and_the_teacher_share_one_backbone_and_differ_by_the_call():
     networks, x = build(ROLES, "lora"), batch()
-    backbone = pointers(teacher().parameters())
-    del backbone
     assert all(networks[role].network is networks.teacher for role in ROLES)
     before = networks["teacher"](*x)
     for seed, role in enumerate(("student", "fake_score")):
@@ -109,7 +107,12 @@ def test_in_lora_mode_the_weights_of_a_role_are_its_adapters_alone():
 def test_one_role_may_be_a_copy_and_another_an_adapter():
     torch.manual_seed(0)
     networks = Networks(
-        teacher(), ROLES, (2,), {"label": torch.tensor([0])}, modes={"student": "lora", "fake_score": "copy"}, lora=LoraSpec(4)
+        teacher(),
+        ROLES,
+        (2,),
+        {"label": torch.tensor([0])},
+        modes={"student": "lora", "fake_score": "copy"},
+        lora=LoraSpec(4),
     )
     assert networks["student"].network is networks.teacher
     assert not any("down" in name for name, _ in networks["fake_score"].network.named_parameters())
@@ -223,7 +226,9 @@ def test_standalone_is_the_role_as_a_plain_network(mode):
 def test_a_promoted_student_becomes_the_target_and_the_backbone_stays(mode):
     networks = build(PROMOTION, mode)
     backbone = {
-        name: weight.clone() for name, weight in networks.teacher.named_parameters() if ".down." not in name and ".up." not in name
+        name: weight.clone()
+        for name, weight in networks.teacher.named_parameters()
+        if ".down." not in name and ".up." not in name
     }
     train(networks, "student")
     teacher_before = networks["teacher"](*batch())
@@ -278,7 +283,12 @@ def test_promotion_carries_the_extra_inputs_of_the_student(mode):
 
 def test_promotion_between_modes_is_refused():
     networks = Networks(
-        teacher(), PROMOTION, (2,), {"label": torch.tensor([0])}, modes={"student": "lora", "target": "copy"}, lora=LoraSpec(4)
+        teacher(),
+        PROMOTION,
+        (2,),
+        {"label": torch.tensor([0])},
+        modes={"student": "lora", "target": "copy"},
+        lora=LoraSpec(4),
     )
     with pytest.raises(UserError, match=r"roles.target must be lora like student.*Set roles.target=lora"):
         networks.copy("student", "target")

@@ -43,7 +43,9 @@ def nodes(count: int = 90) -> tuple[Tensor, Tensor, Tensor]:
     return z, eps, torch.outer(w, w).reshape(-1)
 
 
-def gradient(weight: object = unit, fake: tuple[float, float] | None = None, teacher: tuple[float, float] = (M, S)) -> list[float]:
+def gradient(
+    weight: object = unit, fake: tuple[float, float] | None = None, teacher: tuple[float, float] = (M, S)
+) -> list[float]:
     z, eps, w = nodes()
     a, b = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (A, B))
     t = torch.full((len(z),), 0.5, dtype=torch.float64)
@@ -76,7 +78,9 @@ def test_the_normalised_direction_is_scale_free_and_of_unit_mean_for_sds() -> No
     t = torch.full((16,), 0.5, dtype=torch.float64)
     w = inverse_omega(x0, d, t, Fixed())
     assert torch.allclose(inverse_omega(5 * x0, 5 * d, t, Fixed()) * 5, w)
-    assert torch.allclose((w.view(-1, 1, 1, 1) * (x0 - d)).abs().flatten(1).mean(1), torch.ones(16, dtype=torch.float64))
+    assert torch.allclose(
+        (w.view(-1, 1, 1, 1) * (x0 - d)).abs().flatten(1).mean(1), torch.ones(16, dtype=torch.float64)
+    )
 
 
 def test_omega_is_floored_where_student_and_teacher_agree() -> None:
@@ -126,7 +130,9 @@ def test_gan_gradient_reaches_the_student_through_frozen_features() -> None:
     terms = student.loss(batch, Rng(0, 0, "student", range(64))).terms
     terms["gan"].backward()
     assert all(weight.grad is not None for weight in recipe.networks.weights("student"))
-    assert all(weight.grad is None for role in ("fake_score", "discriminator") for weight in recipe.networks.weights(role))
+    assert all(
+        weight.grad is None for role in ("fake_score", "discriminator") for weight in recipe.networks.weights(role)
+    )
 
 
 def test_an_undecided_discriminator_gives_ln2_and_no_gradient() -> None:
