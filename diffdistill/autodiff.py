@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
@@ -14,9 +15,9 @@ def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tup
 
     primals, tangents: tensors of equal shapes, one tangent per argument. The function may return a tensor or a
     tuple of tensors; both results have that structure. No graph is kept: tangents are targets, so callers take the
-    derivative here and run one ordinary pass for the gradient. Every operation inside needs a forward rule; fused
-    attention has none, the math backend has.
+    derivative here and run one ordinary pass for the gradient. Every operation inside needs a forward rule: fused
+    attention has none, so torch's attention runs on its math backend here (the same function, more memory).
     """
-    with torch.no_grad():
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         value, tangent = torch.func.jvp(function, primals, tangents)[:2]
     return value, tangent
