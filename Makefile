@@ -9,10 +9,11 @@ ARGS ?=
 PIP_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint assets clean
+.PHONY: help install quickstart figure test test-slow lint assets clean
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
+	@echo "make figure       the README's picture, from runs/quickstart"
 	@echo "make test         the tests; make test-slow: the long ones"
 	@echo "make lint         ruff and mypy"
 	@echo "make assets       train the shipped networks again: runs/assets"
@@ -35,6 +36,9 @@ quickstart: $(STAMP)
 		mv runs/quickstart runs/quickstart.$$n; echo "moved runs/quickstart to runs/quickstart.$$n"; \
 	fi
 	$(BIN)/diffdistill train experiment=digits_dmd2 run_dir=runs/quickstart $(ARGS)
+
+figure: $(STAMP)
+	$(BIN)/python -m diffdistill.evaluation.figure runs/quickstart docs/teacher_and_student.png
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -37,7 +37,7 @@ VERBS = {
         "diffdistill.run:sample",
         "sample",
         "draw a grid of samples from a run or a pipeline folder",
-        ("sample run=runs/x num=64 out=grid.png", "sample pipeline=runs/x/pipeline seed=1"),
+        ("sample run=runs/x num=64 out=grid.png", "sample pipeline=runs/x/pipeline data=digits seed=1"),
     ),
     "evaluate": Verb(
         "diffdistill.run:evaluate",

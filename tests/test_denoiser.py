@@ -93,7 +93,6 @@ def test_outside_its_interval_guidance_is_the_conditional_model():
     plain = expected(network, x, t, cond["label"])
     torch.testing.assert_close(got[1:3], everywhere[1:3])
     torch.testing.assert_close(got[[0, 3]], plain[[0, 3]])
-    assert (everywhere - plain).abs().amin(1)[0] >= 0
     assert (everywhere - plain).abs().amax(1)[3] > 0.1
 
 

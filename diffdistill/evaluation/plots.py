@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+
+def _torchvision_utils() -> Any:
+    """torchvision.utils, without the warnings about torch.jit that importing torchvision shows users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        from torchvision import utils
+    return utils
 
 
 def sample_grid(images: Tensor, path: str | Path, columns: int = 8, scale: int = 8) -> None:
@@ -12,11 +23,11 @@ def sample_grid(images: Tensor, path: str | Path, columns: int = 8, scale: int =
 
     scale: side of the square each pixel becomes, so that 8x8 images can be seen.
     """
-    from torchvision.utils import save_image
+    utils = _torchvision_utils()
 
     enlarged = images.detach().float().cpu().clamp(-1, 1)
     enlarged = enlarged.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    save_image(enlarged, str(path), nrow=columns, padding=2, pad_value=1.0, normalize=True, value_range=(-1, 1))
+    utils.save_image(enlarged, str(path), nrow=columns, padding=2, pad_value=1.0, normalize=True, value_range=(-1, 1))
 
 
 def scatter(samples: Tensor, reference: Tensor, path: str | Path) -> None:
@@ -33,3 +44,20 @@ def scatter(samples: Tensor, reference: Tensor, path: str | Path) -> None:
     axes.set_aspect("equal")
     axes.legend(loc="upper right", markerscale=4)
     figure.savefig(str(path), dpi=120)
+
+
+def side_by_side(grids: Sequence[Tensor], titles: Sequence[str], path: str | Path, columns: int) -> None:
+    """Write several sets of images [n, C, H, W] in [-1, 1] next to each other, each a grid under its title."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(grids), 4.4), layout="tight")
+    FigureCanvasAgg(figure)
+    for axes, images, title in zip(figure.subplots(1, len(grids)), grids, titles, strict=True):
+        grid = _torchvision_utils().make_grid(
+            images.float().clamp(-1, 1).add(1).div(2), nrow=columns, padding=1, pad_value=1.0
+        )
+        axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_title(title)
+        axes.axis("off")
+    figure.savefig(str(path), dpi=100)
