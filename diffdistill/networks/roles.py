@@ -91,10 +91,12 @@ class Networks:
                 self._build_heads(name, role)
             elif role.build == "scalar":
                 self._modules[name] = self._views[name] = Scalar().to(self._device)
+        self._weights = {name: list(module.parameters()) for name, module in self._modules.items()}
         for name, role in self.roles.items():
             if role.ema_of is not None:
                 rate = role.ema if callable(role.ema) else Constant(0.0 if role.ema is None else role.ema)
                 self._averages[name] = Ema(self.weights(role.ema_of), rate, self.weights(name))
+        self._active = frozenset(self._modules)
         self.train_only(())
 
     # -- views ------------------------------------------------------------------------------------------------
@@ -122,9 +124,10 @@ class Networks:
 
     def weights(self, name: str) -> list[nn.Parameter]:
         """The parameters that belong to role `name` alone: all of a copy, the adapters and inputs in lora mode."""
-        return list(self._modules[name].parameters())
+        return self._weights[name]
 
     def named_weights(self, name: str) -> list[tuple[str, nn.Parameter]]:
+        """As `weights`, with their names."""
         return list(self._modules[name].named_parameters())
 
     def state(self, name: str) -> dict[str, Tensor]:
@@ -150,16 +153,20 @@ class Networks:
 
     def train_only(self, names: Sequence[str]) -> None:
         """requires_grad and dropout on exactly the weights of these roles."""
-        for name, module in self._modules.items():
+        for name in self._modules:
+            if (name in names) == (name in self._active):
+                continue  # walking the modules at every phase costs a tenth of a small step
             active = name in names
-            module.requires_grad_(active)
+            for weight in self._weights[name]:
+                weight.requires_grad_(active)
             if self.modes.get(name) != "lora":
-                module.train(active)
+                self._modules[name].train(active)
+        self._active = frozenset(names)
 
     def zero_grad(self) -> None:
-        for module in self._modules.values():
-            for parameter in module.parameters():
-                parameter.grad = None
+        for weights in self._weights.values():
+            for weight in weights:
+                weight.grad = None
 
     def update_ema(self, trained: Sequence[str]) -> None:
         """One update of every average whose source was just stepped."""
@@ -261,7 +268,8 @@ class Networks:
             source = self.teacher if role.init in (None, "teacher") else self._views[role.init].network
             network = copy.deepcopy(source)
             own: nn.Module = network
-            if role.inputs:
+            _rename_inputs(network, str(role.init), name)
+            if role.inputs and role.init in (None, "teacher"):
                 _with_inputs(network).add(name, role.inputs, network.embedding_width)
         else:
             network = self.teacher
@@ -284,6 +292,7 @@ class Networks:
         x = torch.zeros(1, *self.shape, device=weight.device, dtype=weight.dtype)
         t = torch.full((1,), view.process.t_max, device=weight.device)
         cond = {key: value.to(weight.device) for key, value in self.cond.items()}
+        cond |= {name: torch.zeros_like(t) for name in self.roles[role.reads or "teacher"].inputs if role.reads}
         found = view.features(x, t, cond, layers)
         heads = Heads({layer: feature.shape[1:] for layer, feature in zip(layers, found, strict=True)})
         self._modules[name] = self._views[name] = heads.to(weight.device)
@@ -306,3 +315,10 @@ def _with_inputs(network: Any) -> EmbeddingWithInputs:
         embedding = EmbeddingWithInputs(embedding)
         setattr(parent, leaf, embedding)
     return embedding
+
+
+def _rename_inputs(network: Any, source: str, name: str) -> None:
+    """The extra inputs that a copy took over from role `source` now belong to `name`."""
+    for module in network.modules():
+        if isinstance(module, EmbeddingWithInputs) and source in module.roles:
+            module.roles[name] = module.roles.pop(source)
