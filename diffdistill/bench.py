@@ -25,7 +25,7 @@ from diffdistill.config import build, compose
 from diffdistill.distillers.base import Phase
 from diffdistill.errors import UserError
 from diffdistill.networks.call import Pass, recorded_passes
-from diffdistill.run import Recipe, assemble
+from diffdistill.recipe import Recipe, assemble
 from diffdistill.trainer import Trainer
 
 SCHEMA = 1

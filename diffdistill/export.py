@@ -29,7 +29,7 @@ from diffdistill.networks.inputs import EmbeddingWithInputs
 from diffdistill.networks.mlp import Mlp
 
 if TYPE_CHECKING:
-    from diffdistill.run import Recipe
+    from diffdistill.recipe import Recipe
 
 SCHEMA = 1
 TOLERANCE = 1e-5  # largest absolute difference on [0, 1]

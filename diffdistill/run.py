@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +19,6 @@ from rich.progress import Progress as Bar
 from diffdistill import checkpoint
 from diffdistill.config import build
 from diffdistill.data import Data
-from diffdistill.denoiser import Denoiser
-from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.evaluation import harness, plots
 from diffdistill.evaluation.harness import Evaluation
@@ -30,57 +27,11 @@ from diffdistill.export import write as write_pipeline
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
 from diffdistill.pipelines import PipelineSampler, with_steps
-from diffdistill.solvers import OdeSampler, Sampler
+from diffdistill.recipe import Recipe, assemble, load_run
+from diffdistill.solvers import Sampler
 from diffdistill.trainer import Outcome, Progress, Trainer
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a configuration builds. needs: what the method asks of data and teacher. sampler: the teacher's."""
-
-    data: Data
-    networks: Networks
-    distiller: Distiller
-    needs: frozenset[str]
-    sampler: OdeSampler
-
-
-def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> Recipe:
-    """Build data, networks and the method of a train configuration, and check that they fit each other.
-
-    Raises UserError if the method needs what data or teacher lack.
-    """
-    data: Data = build(settings["data"])
-    if torch.device(device).type == "meta":
-        with torch.device("meta"):
-            teacher = build(settings["networks"])
-    else:
-        teacher = build(settings["networks"]).to(device)
-    part = build(settings["distiller"])
-    needs, roles = part.func.needs(**part.keywords), part.func.roles(**part.keywords)
-    has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
-    if missing := sorted(needs - has):
-        raise UserError(
-            "distiller", f"needs {', '.join(missing)}", f"data={data.name}, which provides {sorted(has)}", "Change one."
-        )
-    guidance = settings["guidance"]
-    interval = guidance.get("interval")
-    example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}
-    networks = Networks(
-        teacher,
-        roles,
-        data.shape,
-        example,
-        modes=dict(settings["roles"]),
-        lora=build(settings["lora"]),
-        guidance_scale=float(guidance["scale"]),
-        guidance_interval=None if interval is None else (float(interval[0]), float(interval[1])),
-    )
-    distiller = build(settings["distiller"], networks=networks)
-    sampler = build(settings["sampler"])(networks["teacher"] if "teacher" in networks else Denoiser(teacher))
-    return Recipe(data, networks, distiller, needs, sampler)
 
 
 def train(
@@ -338,18 +289,6 @@ def _source(
     if data is None:
         raise UserError("data", "must say what the pipeline generates", None, "Add data=digits, for example.")
     return build(data), PipelineSampler.load(str(pipeline), steps), None
-
-
-def load_run(run: str) -> tuple[Recipe, Mapping[str, Any]]:
-    """A finished run's recipe with its averaged weights, and its settings."""
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file():
-        raise UserError("run", "must be a folder that `diffdistill train` wrote", run, "Look for its config.yaml.")
-    settings = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(settings, DictConfig)
-    recipe = assemble(settings)
-    checkpoint.load_averaged(recipe.networks, checkpoint.latest(folder / "checkpoints"))
-    return recipe, settings
 
 
 def _new_file(key: str, path: str) -> Path:

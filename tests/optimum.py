@@ -12,7 +12,7 @@ from diffdistill.denoiser import Denoiser, FlowMap, SignalMap
 from diffdistill.distillers.base import Distiller
 from diffdistill.generator import Generator
 from diffdistill.networks.exact import Form
-from diffdistill.run import Recipe, assemble
+from diffdistill.recipe import Recipe, assemble
 from diffdistill.solvers import OdeSampler
 
 MEAN, STD = "[[0.7,-0.4,0.1,0.0,-1.0,0.3]]", "[[1.3,0.8,1.0,0.6,0.9,1.1]]"

@@ -16,8 +16,8 @@ from diffdistill.config import build, compose
 from diffdistill.distillers.base import Phase
 from diffdistill.generator import Generator
 from diffdistill.networks.call import Pass, recorded_passes
+from diffdistill.recipe import Recipe, assemble
 from diffdistill.rng import Rng
-from diffdistill.run import Recipe, assemble
 from diffdistill.trainer import Progress, Trainer
 
 ROOT = Path(__file__).parents[1]

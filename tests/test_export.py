@@ -14,7 +14,7 @@ from diffdistill.config import compose
 from diffdistill.errors import UserError
 from diffdistill.export import grid_indices, refusal, verify, write
 from diffdistill.generator import Generator
-from diffdistill.run import Recipe, assemble
+from diffdistill.recipe import Recipe, assemble
 
 TINY = "{sample_size:8,in_channels:1,out_channels:1,layers_per_block:1,block_out_channels:[8,16],\
 down_block_types:[DownBlock2D,DownBlock2D],up_block_types:[UpBlock2D,UpBlock2D],norm_num_groups:4,num_class_embeds:11}"

@@ -15,8 +15,8 @@ from diffdistill.config import build, compose
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, Transition
 from diffdistill.errors import UserError
 from diffdistill.networks.roles import Role
+from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
-from diffdistill.run import Recipe
 from diffdistill.trainer import ConstantLR, CosineLR, NonFiniteError, Outcome, Progress, Trainer
 
 
