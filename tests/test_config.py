@@ -10,7 +10,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from diffdistill import UserError, config_check, config_files
-from diffdistill.config import build, call, check, compose, override
+from diffdistill.config import build, call, check, compose, override, prepared
 
 TARGETS = """
 from __future__ import annotations
@@ -73,6 +73,7 @@ times: [2, 1]
     "distiller/both.yaml": "defaults: [method@parts.a, other@parts.b, _self_]\n_target_: fake_targets.Composite\n"
     "weights: {a: 1.0, b: 0.5}\n",
     "experiment/plain.yaml": "# @package _global_\n",
+    "experiment/none.yaml": "# @package _global_\n",
     "experiment/small.yaml": "# @package _global_\ndefaults: [override /data: gmm2d, override /distiller: other]\n"
     "metrics: [swd]\nroles: {student: lora}\ndistiller: {size: 3}\n",
     "experiment/exact.yaml": "# @package _global_\ndefaults: [override /data: gmm2d, override /networks: exact]\n",
@@ -346,3 +347,10 @@ def test_build_puts_the_key_before_a_constructors_message():
 def test_build_lets_other_exceptions_through():
     with pytest.raises(TypeError, match="unexpected keyword"):
         build({"_target_": "fake_targets.EDM", "sigm": 1})
+
+
+def test_a_bare_train_is_the_default_experiment_and_a_choice_of_groups_is_none():
+    assert prepared("train", ["trainer.steps=3"]) == ["trainer.steps=3"]
+    assert prepared("train", ["distiller=dmd2"]) == ["distiller=dmd2", "experiment=none"]
+    assert prepared("train", ["data=gmm2d", "experiment=small"]) == ["data=gmm2d", "experiment=small"]
+    assert prepared("evaluate", ["data=digits"]) == ["data=digits"]
