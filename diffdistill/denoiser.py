@@ -160,7 +160,8 @@ class Denoiser:
 
         handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in found]
         try:
-            yield found
+            with torch.compiler.set_stance("force_eager"):  # compiled code does not run hooks added after it
+                yield found
         finally:
             for handle in handles:
                 handle.remove()
