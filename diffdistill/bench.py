@@ -101,7 +101,7 @@ def _one(distiller: str, teacher: str, pairs: int, quick: bool) -> dict[str, Any
         "steps_in_cycle": cycle,
         "pairs": pairs,
         "parts": [asdict(part) for part in parts],
-        "noise and loss arithmetic": whole - total,
+        "rest_milliseconds": whole - total,
         "sum_milliseconds": total,
         "step_milliseconds": whole,
         "ratio": whole / total,
@@ -162,13 +162,10 @@ class _Bench:
                 self.networks.train_only(phase.trains)
                 for role in phase.trains:
                     for weight in self.networks.weights(role):
-                        weight.grad = self._zeros(weight)
+                        weight.grad = torch.zeros_like(weight)
                     self.trainer.step(role, index, self.networks, self.optimizers[role])
                 self.networks.update_ema(phase.trains)
                 self.networks.zero_grad()
-
-    def _zeros(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(weight)
 
 
 def _name(phase: Phase, done: Pass) -> str:
@@ -207,7 +204,7 @@ def _table(result: dict[str, Any]) -> Table:
         table.add_row(part["name"], str(part["count"]), f"{part['milliseconds']:.2f}")
     table.add_row("sum of the parts", "", f"{result['sum_milliseconds']:.2f}")
     table.add_row("the step", "", f"{result['step_milliseconds']:.2f}")
-    table.add_row("left for noise and loss arithmetic", "", f"{result['noise and loss arithmetic']:.2f}")
+    table.add_row("left for noise and loss arithmetic", "", f"{result['rest_milliseconds']:.2f}")
     table.add_row("ratio step / sum", "", f"{result['ratio']:.3f}")
     table.add_row("null ratio", "", f"{result['null_ratio']:.3f}")
     return table

@@ -144,9 +144,11 @@ def verify(folder: Path, recipe: Recipe, generator: Generator) -> float:
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError("export", "must load in diffusers alone", str(folder), f"diffusers said: {last}")
         images = load_file(result)["images"]
-    draws = _TorchDraws(0)
+    device = recipe.networks.device
+    draws = _TorchDraws(0, device)
     z = draws.normal((num, *recipe.data.shape), torch.float32)
-    ours = generator.sample(z, cond, draws)  # type: ignore[arg-type]
+    cond = {key: value.to(device) for key, value in cond.items()}
+    ours = generator.sample(z, cond, draws).cpu()  # type: ignore[arg-type]
     difference = float((ours.clamp(-1, 1) / 2 + 0.5 - images).abs().max())
     if not difference <= TOLERANCE:
         raise UserError(
@@ -161,14 +163,14 @@ def verify(folder: Path, recipe: Recipe, generator: Generator) -> float:
 class _TorchDraws:
     """Our generator's draws taken from torch's, in the order the stock pipeline takes them."""
 
-    def __init__(self, seed: int) -> None:
-        self.source = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.source, self.device = torch.Generator().manual_seed(seed), device
 
     def fork(self, name: str) -> _TorchDraws:
         return self
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=self.source, dtype=dtype)
+        return torch.randn(shape, generator=self.source, dtype=dtype).to(self.device)
 
 
 def stock_unet(network: UNet2D, drop_null: bool) -> Any:

@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from diffdistill import checkpoint
 from diffdistill.config import build
 from diffdistill.data import Data
-from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.networks.roles import Networks
@@ -63,7 +62,7 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
         guidance_interval=None if interval is None else (float(interval[0]), float(interval[1])),
     )
     distiller = build(settings["distiller"], networks=networks)
-    sampler = build(settings["sampler"])(networks["teacher"] if "teacher" in networks else Denoiser(teacher))
+    sampler = build(settings["sampler"])(networks["teacher"])
     return Recipe(data, networks, distiller, needs, sampler)
 
 

@@ -69,7 +69,7 @@ def train(
     if judge is not None:
         judge.check(recipe.data)
         if judge.teacher == "card":
-            teacher_figures = harness.read_card(*_card(networks), judge, recipe.data)
+            teacher_figures = harness.read_card(*_card(networks), judge, recipe.data, recipe.sampler.nfe)
     if dry_run:
         Console().print("dry run: the configuration is good, nothing was trained.")
         return None

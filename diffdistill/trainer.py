@@ -124,7 +124,8 @@ class Trainer:
         """Run all steps; the networks are left trained, their evaluation averages tracked."""
         optimizers = self.prepare(networks)
         outcome = Outcome()
-        measured = max(range(1, 11), key=lambda step: len(distiller.phases(step)))
+        early = range(min(1, self.steps - 1), min(11, self.steps))  # after the first step optimizers hold their state
+        measured = max(early, key=lambda step: len(distiller.phases(step)))
         for step in range(self.steps):
             started = time.perf_counter()
             batches = self.batches(data, needs, networks, step)

@@ -111,6 +111,10 @@ MISTAKES = {
     "too few samples": (["evaluation.num_samples=3"], "num_samples"),
     "metric that does not fit": (["evaluation.metrics=[fd]"], "evaluation.metrics"),
     "card of a teacher without one for this protocol": (["evaluation.teacher=card", "evaluation.seed=7"], "protocol"),
+    "card of an unguided teacher for a guided one": (
+        ["evaluation.teacher=card", "guidance.scale=2"],
+        "network evaluations",
+    ),
     "role that does not exist": (["roles.critic=lora"], "roles.critic"),
     "mode that a role has not": (["roles.student=adapter"], "roles.student"),
     "lora target that matches nothing": (["roles.student=lora", "lora.targets=[nowhere]"], "lora.targets"),

@@ -98,6 +98,11 @@ def test_peak_bytes_are_measured_on_one_step() -> None:
     assert 64 * 6 * 8 < outcome.peak_bytes < 2**20
 
 
+def test_peak_bytes_are_measured_in_the_shortest_run_too() -> None:
+    outcome, _ = fit(trainer_of("trainer.steps=1", "trainer.batch_size=64"), gauss_recipe("dmd2"))
+    assert outcome.peak_bytes > 64 * 6 * 8
+
+
 def test_the_evaluation_average_follows_its_own_role_only() -> None:
     recipe = gauss_recipe("dmd2", "distiller.student_every=5")
     trainer = trainer_of("trainer.ema={student:{_target_:diffdistill.networks.ema.Constant,decay:0.5}}")

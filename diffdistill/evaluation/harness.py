@@ -163,8 +163,11 @@ def write_card(path: Path, figures: dict[str, Any], protocol: Protocol, weights_
     path.write_text(json.dumps(card, indent=1) + "\n")
 
 
-def read_card(path: Path, weights_sha256: str, evaluation: Evaluation, data: Data) -> dict[str, Any]:
-    """The figures on a teacher's card, refused unless the weights and the protocol are this run's."""
+def read_card(path: Path, weights_sha256: str, evaluation: Evaluation, data: Data, nfe: int) -> dict[str, Any]:
+    """The figures on a teacher's card, refused unless weights, protocol and network evaluations are this run's.
+
+    nfe: of the run's own teacher sampler; guidance or other steps would make other samples than the card's.
+    """
     if not path.is_file():
         raise UserError(
             "evaluation.teacher",
@@ -178,6 +181,13 @@ def read_card(path: Path, weights_sha256: str, evaluation: Evaluation, data: Dat
     if card["weights_sha256"] != weights_sha256:
         raise UserError(
             "evaluation.teacher", "card belongs to other weights than these", weights_sha256[:12], "Set it to fresh."
+        )
+    if card["figures"].get("nfe") != nfe:
+        raise UserError(
+            "evaluation.teacher",
+            f"card was measured with {card['figures'].get('nfe')} network evaluations, without guidance",
+            f"a sampler of {nfe}",
+            "Set it to fresh.",
         )
     protocol = Protocol.from_json(card["protocol"])
     probe = torch.zeros(2, *data.shape)
