@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser, FlowMap, SignalMap
+from diffdistill.errors import UserError
 from diffdistill.process import NoiseProcess, expand
 from diffdistill.rng import Rng
 
@@ -16,6 +17,8 @@ from diffdistill.rng import Rng
 Renoise = Callable[[NoiseProcess, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # (rng, num_steps, batch) -> which call carries the gradient: one index for all, or one per sample [B]
 Until = Callable[[Rng, int, int], "int | Tensor"]
+# (process, num_steps) -> num_steps decreasing times, the first at the process's t_max
+FewSteps = Callable[[NoiseProcess, int], tuple[float, ...]]
 
 
 def fresh(process: NoiseProcess, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, eps: Tensor) -> Tensor:
@@ -74,13 +77,15 @@ class Generator:
     """K calls of the student on a grid, re-noised in between.
 
     times: decreasing, within (t_min, t_max]; times[0] < t_max is legal.  prior_std: the first input is prior_std z;
-    None means sigma(times[0]).
+    None means sigma(times[0]).  few_steps: times for another number of steps; None where the student was trained for
+    its own times only.
     """
 
     student: Denoiser | FlowMap | SignalMap
     times: tuple[float, ...]
     renoise: Renoise = fresh
     prior_std: float | None = None
+    few_steps: FewSteps | None = None
 
     def __post_init__(self) -> None:
         self.student.process.check_times("distiller.times", self.times)
@@ -90,6 +95,19 @@ class Generator:
         """Network evaluations per sample, guidance counted."""
         guided = isinstance(self.student, Denoiser) and self.student.guidance is not None
         return len(self.times) * (2 if guided else 1)
+
+    def with_steps(self, num_steps: int) -> Generator:
+        """The same student with another number of steps, from the same first time.
+
+        Raises UserError where the student was trained for its own times only.
+        """
+        if num_steps == len(self.times):
+            return self
+        if self.few_steps is None:
+            fix = "Leave it out."
+            raise UserError("steps", f"must be {len(self.times)}, what the student was trained for", num_steps, fix)
+        within = replace(self.student.process, t_max=self.times[0])
+        return replace(self, times=self.few_steps(within, num_steps))
 
     @torch.no_grad()
     def sample(self, z: Tensor, cond: Cond, rng: Rng) -> Tensor:

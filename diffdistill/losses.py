@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
 from diffdistill.process import NoiseProcess
 
 # (t, process) -> weight [B] of the squared x0 error
 DenoisingWeight = Callable[[Tensor, NoiseProcess], Tensor]
+# (a, b), each [B, ...] -> [B]
+Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 def sample_mean(x: Tensor) -> Tensor:
@@ -43,9 +46,26 @@ def denoising(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond
     return weight(t, denoiser.process) * sample_mean((denoiser(x_t, t, cond) - x0).square())
 
 
-def pseudo_huber(a: Tensor, b: Tensor, c: float) -> Tensor:
-    """sqrt(|a - b|^2 + c^2) - c with the norm over all coordinates, [B]. Song & Dhariwal 2023, arXiv:2310.14189."""
-    return torch.sqrt((a - b).flatten(1).square().sum(1) + c**2) - c
+@dataclass(frozen=True)
+class PseudoHuber:
+    """sqrt(|a - b|^2 + c^2) - c with the norm over all coordinates, [B]. Song & Dhariwal 2023, arXiv:2310.14189.
+
+    c: in the data's unit; the paper takes .00054 sqrt(number of coordinates).
+    """
+
+    c: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.c < float("inf"):  # at 0 the gradient of the norm does not exist where a == b
+            raise UserError("c", "must be > 0", self.c, "The paper takes .00054 sqrt(number of coordinates).")
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        return torch.sqrt((a - b).flatten(1).square().sum(1) + self.c**2) - self.c
+
+
+def squared(a: Tensor, b: Tensor) -> Tensor:
+    """(a - b)^2, mean over coordinates, [B]."""
+    return sample_mean((a - b).square())
 
 
 def gan_generator(fake: Tensor) -> Tensor:

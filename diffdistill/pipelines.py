@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
+from diffdistill.generator import Generator
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler, Sampler
 
@@ -70,12 +71,12 @@ class PipelineSampler:
 
 
 def with_steps(sampler: Sampler, steps: int | None) -> Sampler:
-    """The sampler with another number of steps. An ODE sampler has a grid for any; a student's grid is its own."""
+    """The sampler with another number of steps. An ODE sampler has a grid for any; a student only if it knows one."""
     if steps is None:
         return sampler
     if steps < 1:
         raise UserError("steps", "must be >= 1", steps, "Leave it out for what the generator was made for.")
-    if isinstance(sampler, OdeSampler):
+    if isinstance(sampler, OdeSampler | Generator):
         return sampler.with_steps(steps)
     if steps != sampler.nfe:
         raise UserError(

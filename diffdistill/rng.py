@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -92,6 +94,15 @@ class Rng:
     def torch_seed(self) -> int:
         """A seed for torch's own generator (dropout), different per sample group."""
         return int(self._key(f"{self.phase}|torch|{self.step}|{self.ids[0]}")) & (2**63 - 1)
+
+    @contextmanager
+    def dropout(self) -> Iterator[None]:
+        """Within the context torch's own generator starts at `torch_seed`: calls in two such contexts share their
+        dropout masks. It is put back afterwards."""
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type="cuda" if self.device.type == "cpu" else self.device.type):
+            torch.manual_seed(self.torch_seed())
+            yield
 
     def _per_sample(self, shape: tuple[int, ...]) -> int:
         if shape[0] != len(self):

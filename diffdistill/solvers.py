@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
-from diffdistill.process import VELOCITY, VP, NoiseProcess, expand
+from diffdistill.process import VELOCITY, VP, X0, NoiseProcess, expand
 from diffdistill.rng import Rng
 
 Solver = Callable[[Denoiser, Tensor, Tensor, Tensor, Cond], Tensor]
@@ -42,6 +42,20 @@ def heun(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> T
     velocity = denoiser.predict(x_t, t, cond, VELOCITY)
     x_s = x_t + expand(s - t, x_t) * velocity
     return x_t + expand((s - t) / 2, x_t) * (velocity + denoiser.predict(x_s, s, cond, VELOCITY))
+
+
+def heun_to_end(denoiser: Denoiser, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """As `heun`, but DDIM in the samples whose s is t_min, as the last step of EDM's algorithm 1: there a second
+    evaluation is wasted, and singular for kinds with a boundary. Two calls."""
+    process = denoiser.process
+    ends = s <= process.t_min
+    ended = ends.view(-1, *[1] * (x_t.ndim - 1))
+    velocity = denoiser.predict(x_t, t, cond, VELOCITY)
+    landed = process.jump(x_t, process.convert(velocity, x_t, t, VELOCITY, X0), t, s)
+    x_s = x_t + expand(s - t, x_t) * velocity
+    # samples that end are evaluated where they began: a regular point, its result is not used
+    again = denoiser.predict(torch.where(ended, x_t, x_s), torch.where(ends, t, s), cond, VELOCITY)
+    return torch.where(ended, landed, x_t + expand((s - t) / 2, x_t) * (velocity + again))
 
 
 @dataclass
@@ -89,6 +103,17 @@ def karras(process: NoiseProcess, num_steps: int, rho: float = 7.0) -> tuple[flo
     high, low = ends ** (1 / rho)
     levels = torch.from_numpy(np.linspace(high, low, num_steps + 1) ** rho)
     return _ends_exact(process, process.time_at(torch.atan(levels)).tolist())
+
+
+def karras_few(process: NoiseProcess, num_steps: int, num_levels: int = 40, rho: float = 7.0) -> tuple[float, ...]:
+    """num_steps decreasing times for a few-step student: equal strides from t_max over a Karras grid of num_levels.
+
+    On the 40 levels of diffusers' CMStochasticIterativeScheduler every choice can be exported.
+    """
+    if not 1 <= num_steps < num_levels:
+        raise UserError("steps", f"must lie in 1..{num_levels - 1}", num_steps, "Few-step students take 1 to 8.")
+    levels = karras(process, num_levels - 1, rho)
+    return tuple(levels[round(index * (num_levels - 1) / num_steps)] for index in range(num_steps))
 
 
 def uniform(process: NoiseProcess, num_steps: int) -> tuple[float, ...]:

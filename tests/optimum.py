@@ -51,7 +51,9 @@ def gauss_recipe(name: str, *overrides: str) -> Recipe:
         base.append("distiller.null_share=0")
     recipe = assemble(compose("train", base))  # type: ignore[arg-type]
     form = FORMS[student_type(recipe.distiller)]
-    recipe.networks["student"].network.form = form
+    for role in recipe.networks.owned:
+        if role.startswith("student"):  # its averages compute what it computes
+            recipe.networks[role].network.form = form
     return recipe
 
 

@@ -7,11 +7,11 @@ import torch
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.losses import (
+    PseudoHuber,
     EDMWeight,
     denoising,
     gan_discriminator,
     gan_generator,
-    pseudo_huber,
     sample_mean,
     unit_weight,
 )
@@ -70,9 +70,9 @@ def test_edm_weight_is_unit_weight_on_the_raw_output(process):
 def test_pseudo_huber_is_quadratic_near_zero_and_the_norm_far_away():
     a, c = randn(4, 3, 2), 0.03
     norm = a.flatten(1).norm(dim=1)
-    torch.testing.assert_close(pseudo_huber(a, torch.zeros_like(a), c), (norm**2 + c**2).sqrt() - c)
-    torch.testing.assert_close(pseudo_huber(1e-4 * a, 0 * a, 1.0), (1e-4 * norm) ** 2 / 2, rtol=1e-4, atol=1e-14)
-    torch.testing.assert_close(pseudo_huber(1e4 * a, 0 * a, c), 1e4 * norm - c, rtol=1e-9, atol=0)
+    torch.testing.assert_close(PseudoHuber(c)(a, torch.zeros_like(a)), (norm**2 + c**2).sqrt() - c)
+    torch.testing.assert_close(PseudoHuber(1.0)(1e-4 * a, 0 * a), (1e-4 * norm) ** 2 / 2, rtol=1e-4, atol=1e-14)
+    torch.testing.assert_close(PseudoHuber(c)(1e4 * a, 0 * a), 1e4 * norm - c, rtol=1e-9, atol=0)
 
 
 def test_the_best_discriminator_is_the_log_density_ratio():

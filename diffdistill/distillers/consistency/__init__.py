@@ -1,0 +1,1 @@
+"""Consistency methods: a map constant along each trajectory of the teacher."""

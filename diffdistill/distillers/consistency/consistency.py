@@ -1,0 +1,105 @@
+"""Consistency distillation and training: the student's end point is the same at neighbouring points of a trajectory.
+
+Paper: Song et al. 2023, Consistency Models, arXiv:2303.01469.
+
+    L = E w(t, r) d(f(x_t, t), sg f~(x_r, r)),   x_r = Phi(x_t, t -> r; D_target)
+
+f: the student's map to t_min, f(x, t_min) = x.  f~: its moving average, or the student itself.  Phi: one solver step
+along the (guided) teacher's PF-ODE; without a solver x_r = alpha_r x0 + sigma_r eps with the noise of x_t, which needs
+no teacher (consistency training).  d: a distance.  w: a weight.  (t, r): a law of pairs, with its curriculum; the
+discretised one of the paper, iCT (arXiv:2310.14189) or ECT (arXiv:2406.14548).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from diffdistill.denoiser import FlowMap
+from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
+from diffdistill.distillers.consistency.pairs import PairLaw, PairWeight
+from diffdistill.errors import UserError
+from diffdistill.generator import Generator, Renoise
+from diffdistill.losses import Distance
+from diffdistill.networks.roles import Networks, Role
+from diffdistill.rng import Rng
+from diffdistill.solvers import Grid, Solver
+
+
+class Consistency(Distiller):
+    """times: the student's grid, None is one step from t_max.  renoise: between steps.  few_steps: grid for another
+    number of steps; the student is trained at all times.  pairs: law of (t, r).  solver: of the teacher's step, None is
+    consistency training.  distance: d.  weight: w.  target_decay: of the average f~, None is the student itself.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        times: Sequence[float] | None,
+        renoise: Renoise,
+        few_steps: Grid,
+        pairs: PairLaw,
+        solver: Solver | None,
+        distance: Distance,
+        weight: PairWeight,
+        target_decay: float | None,
+    ) -> None:
+        self.networks, self.times, self.renoise, self.few_steps = (
+            networks,
+            student_times(networks, times),
+            renoise,
+            few_steps,
+        )
+        self.pairs, self.solver, self.distance, self.weight = pairs, solver, distance, weight
+        self.closer = "student" if target_decay is None else "student_ema"
+        networks["student"].process.check_times("distiller.times", self.times)
+
+    @classmethod
+    def needs(cls, **hyperparameters: Any) -> frozenset[str]:
+        return frozenset({"x0"})
+
+    @classmethod
+    def roles(
+        cls, solver: Solver | None = None, target_decay: float | None = None, **hyperparameters: Any
+    ) -> Mapping[str, Role]:
+        if target_decay is not None and not 0 <= target_decay < 1:
+            raise UserError("distiller.target_decay", "must lie in [0, 1) or be null", target_decay, "Paper: 0.95.")
+        roles = {"student": Role()}
+        if solver is not None:
+            roles["target"] = Role(trainable=False)
+        if target_decay is not None:
+            roles["student_ema"] = Role(init="student", trainable=False, ema_of="student", ema=target_decay)
+        return roles
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return [Phase("student", ("student",), self.student_loss)]
+
+    @property
+    def generator(self) -> Generator:
+        return Generator(self._map("student"), self.times, self.renoise, few_steps=self.few_steps)
+
+    def student_loss(self, batch: Batch, rng: Rng) -> Loss:
+        assert batch.x0 is not None
+        rng = rng.fork("Consistency")
+        process, x0 = self.networks["student"].process, batch.x0
+        t64, r64 = self.pairs(rng, process)
+        t, r = (time.to(torch.promote_types(x0.dtype, torch.float32)) for time in (t64, r64))
+        eps = rng.normal(batch.shape, x0.dtype)
+        x_t = process.add_noise(x0, eps, t)
+        with torch.no_grad():
+            if self.solver is None:
+                x_r = process.add_noise(x0, eps, r)
+            else:
+                x_r = self.solver(self.networks["target"], x_t, t, r, batch.cond)
+            with rng.dropout():
+                goal = self._map(self.closer).x0(x_r, r, batch.cond)
+        with rng.dropout():  # the same mask, else its noise is part of the distance
+            ours = self._map("student").x0(x_t, t, batch.cond)
+        distance = self.distance(ours, goal)
+        weight = self.weight(t64, r64, process).to(distance.dtype)  # a gap of float32 times has few digits
+        return Loss({"consistency": (weight * distance).mean()}, {"distance": distance.detach().mean()})
+
+    def _map(self, role: str) -> FlowMap:
+        return FlowMap(self.networks[role], "consistency")
