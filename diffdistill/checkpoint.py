@@ -1,52 +1,234 @@
-"""Weights of a run on disk: one safetensors file per role and average, one JSON for the rest."""
+"""Checkpoint folders that a kill at any moment cannot spoil: safetensors and JSON, nothing is ever unpickled.
+
+A checkpoint is written aside, every file fsynced and hashed in a manifest, and renamed; the rename is the commit. Older
+ones are pruned after that. What is incomplete or damaged is never picked: it is named, and the one before it is used.
+
+    checkpoints/step-00000100/<role>.safetensors, average-<role>.safetensors, optimizer-<role>.safetensors, ...
+                              state.json      what is not a tensor
+                              manifest.json   size and sha256 of every other file
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from diffdistill.errors import UserError
-from diffdistill.networks.roles import Networks
 
-SCHEMA = 1
+SCHEMA = 2  # 1: weights and averages alone, no manifest; good for sampling, not for going on
+MANIFEST, STATE = "manifest.json", "state.json"
+_ASIDE = ".writing-"  # being written, or left behind by a kill
+_DOOMED = ".removing-"  # being removed
 
-
-def save(networks: Networks, folder: Path, step: int) -> None:
-    """Write every role's own weights and every evaluation average into `folder`/step-<step>."""
-    target = folder / f"step-{step:08d}"
-    target.mkdir(parents=True, exist_ok=True)
-    for role in networks.owned:
-        save_file(
-            {key: value.contiguous() for key, value in networks.state(role).items()}, target / f"{role}.safetensors"
-        )
-    for role, average in networks.averages().items():
-        named = dict(zip((name for name, _ in networks.named_weights(role)), average.average, strict=True))
-        save_file(named, target / f"average-{role}.safetensors")
-    # written last: a folder without it is incomplete
-    state = {"schema": SCHEMA, "step": step, "roles": list(networks.owned), "averages": list(networks.averages())}
-    (target / "state.json").write_text(json.dumps(state, indent=1))
+Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without its ending -> tensors by name
 
 
-def latest(folder: Path) -> Path:
-    """The complete checkpoint with the highest step."""
-    found = sorted(path.parent for path in folder.glob("step-*/state.json"))
-    if not found:
-        raise UserError("run", "must hold a checkpoint", folder, "Train it to the end, or name another run.")
-    return found[-1]
+class DamagedError(Exception):
+    """A checkpoint that must not be used, and why."""
 
 
-def load_averaged(networks: Networks, path: Path) -> int:
-    """Write a checkpoint's weights into the networks, averages in place of the weights they average.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed folder. values: its state.json."""
 
-    Returns its step. For sampling, evaluation and export.
+    path: Path
+    values: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.values["step"])
+
+    @property
+    def schema(self) -> int:
+        return int(self.values["schema"])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, on the CPU."""
+        return dict(load_file(self.path / f"{name}.safetensors"))
+
+
+def commit(folder: Path, step: int, tensors: Tensors, values: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of `step` into `folder`; when this returns it survives a kill and a power cut.
+
+    An older one of the same step is replaced. Raises OSError where it cannot be written; then nothing is left behind
+    and the older ones stand.
     """
-    state = json.loads((path / "state.json").read_text())
-    if state.get("schema") != SCHEMA:
-        raise UserError("run", f"must hold a checkpoint of schema {SCHEMA}", state.get("schema"), "Train it again.")
-    for role in state["roles"]:
-        networks.load(role, {**load_file(path / f"{role}.safetensors")})
-    for role in state["averages"]:
-        networks.load(role, {**networks.state(role), **load_file(path / f"average-{role}.safetensors")})
-    return int(state["step"])
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step-{step:08d}"
+    aside = folder / f"{_ASIDE}{target.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write(aside, tensors, {"schema": SCHEMA, "step": step, **values})
+        if target.exists():
+            _remove(target)
+        aside.rename(target)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return target
+
+
+def _write(aside: Path, tensors: Tensors, values: Mapping[str, Any]) -> None:
+    aside.mkdir()
+    for name, named in tensors.items():
+        try:
+            save_file(_separate(named), aside / f"{name}.safetensors")
+        except SafetensorError as error:  # its message holds what an OSError would
+            raise OSError(None, str(error), str(aside / name)) from error
+    (aside / STATE).write_text(json.dumps(values, indent=1))
+    files = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
+    for name in files:
+        _sync(aside / name)
+    (aside / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files, "sha256": _digest(files)}, indent=1))
+    _sync(aside / MANIFEST)
+    _sync(aside)
+
+
+def prune(folder: Path, last: int, best: int | None) -> None:
+    """Remove all but the `last` newest checkpoints and the one of step `best`."""
+    for path in steps(folder)[:-last]:
+        if best is None or path.name != f"step-{best:08d}":
+            _remove(path)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left half written or half removed. Only for the process that holds the run."""
+    for path in [*folder.glob(f"{_ASIDE}*"), *folder.glob(f"{_DOOMED}*")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def steps(folder: Path) -> list[Path]:
+    """The committed checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def newest(folder: Path, say: Callable[[str], None], only: Iterable[str] | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint; None if there is none at all. Each damaged one is told through `say`.
+
+    only: beginnings of the names of files that matter, for a reader who does not need them all.
+    Raises UserError if there are some and none is whole.
+    """
+    found = steps(folder)
+    for path in reversed(found):
+        try:
+            return verified(path, only)
+        except DamagedError as error:
+            say(f"damaged checkpoint {path}: {error}; it is not used")
+    if found:
+        fix = "Restore it from a copy, or train again."
+        raise UserError("checkpoints", "must hold one whole checkpoint", str(folder), fix)
+    return None
+
+
+def verified(path: Path, only: Iterable[str] | None = None) -> Checkpoint:
+    """Read a checkpoint after comparing its files with its manifest.
+
+    Raises DamagedError naming the file, UserError for one of a newer schema.
+    """
+    values = _json(path / STATE)
+    schema = values.get("schema")
+    if not isinstance(schema, int) or not isinstance(values.get("step"), int):
+        raise DamagedError(f"{STATE} has no schema and step")
+    if schema > SCHEMA:
+        fix = "Upgrade diffdistill."
+        raise UserError("checkpoint", f"must be of a schema up to {SCHEMA}, this version's", f"{schema} in {path}", fix)
+    if schema == 1:  # no manifest; safetensors checks its own header
+        return Checkpoint(path, values)
+    manifest = _json(path / MANIFEST)
+    files = manifest.get("files")
+    if not isinstance(files, dict) or manifest.get("sha256") != _digest(files):
+        raise DamagedError(f"{MANIFEST} was changed")
+    for name, expected in files.items():
+        if only is None or name == STATE or name.startswith(tuple(only)):
+            if not (path / name).is_file():
+                raise DamagedError(f"{name} is missing")
+            if _fingerprint(path / name) != expected:
+                raise DamagedError(f"{name} was changed")
+    return Checkpoint(path, values)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise DamagedError(f"{path.name} is missing") from None
+    except ValueError:
+        raise DamagedError(f"{path.name} is not JSON") from None
+    if not isinstance(values, dict):
+        raise DamagedError(f"{path.name} is not a JSON object")
+    return values
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _digest(files: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Out of sight at once, then gone: a kill in between leaves nothing that looks like a checkpoint."""
+    doomed = path.with_name(f"{_DOOMED}{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors with a storage each, as the format asks: tied weights are written twice."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in named.items():
+        plain = tensor.detach().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        out[name] = plain.clone() if place in seen else plain
+        seen.add(place)
+    return out
+
+
+def split(state: Any, prefix: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """A nested state as JSON values, each tensor replaced by {"tensor": name}, and the tensors by that name."""
+    if isinstance(state, Tensor):
+        return {"tensor": prefix}, {prefix: state}
+    if isinstance(state, Mapping):
+        if "tensor" in state or not all(isinstance(key, str) for key in state):
+            raise TypeError(f"keys of a method's state must be text other than 'tensor', got {list(state)}")
+        parts = {key: split(value, f"{prefix}.{key}".strip(".")) for key, value in state.items()}
+    elif isinstance(state, list | tuple):
+        listed = [split(value, f"{prefix}.{index}".strip(".")) for index, value in enumerate(state)]
+        return [plain for plain, _ in listed], {k: v for _, tensors in listed for k, v in tensors.items()}
+    else:
+        return state, {}
+    return {key: plain for key, (plain, _) in parts.items()}, {k: v for _, t in parts.values() for k, v in t.items()}
+
+
+def joined(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Inverse of `split`; tuples come back as lists."""
+    if isinstance(plain, dict):
+        if plain.keys() == {"tensor"}:
+            return tensors[plain["tensor"]]
+        return {key: joined(value, tensors) for key, value in plain.items()}
+    return [joined(value, tensors) for value in plain] if isinstance(plain, list) else plain

@@ -28,25 +28,25 @@ class Verb:
 
 VERBS = {
     "train": Verb(
-        "diffdistill.run:train",
+        "diffdistill.launch:train",
         "train",
         "distil a teacher into a one- or few-step generator (or train a teacher)",
         ("train experiment=digits_dmd2 run_dir=runs/x", "train data=gmm2d distiller=dmd2 trainer.steps=500"),
     ),
     "sample": Verb(
-        "diffdistill.run:sample",
+        "diffdistill.verbs:sample",
         "sample",
         "draw a grid of samples from a run or a pipeline folder",
         ("sample run=runs/x num=64 out=grid.png", "sample pipeline=runs/x/pipeline data=digits seed=1"),
     ),
     "evaluate": Verb(
-        "diffdistill.run:evaluate",
+        "diffdistill.verbs:evaluate",
         "evaluate",
         "measure samples of a run or a pipeline folder against real data",
         ("evaluate run=runs/x out=eval.json", "evaluate pipeline=DIR data=digits 'metrics=[fd,label_agreement]'"),
     ),
     "export": Verb(
-        "diffdistill.run:export",
+        "diffdistill.verbs:export",
         "export",
         "write a run's generator as a diffusers pipeline folder, verified",
         ("export run=runs/x out=my_pipeline",),
@@ -91,8 +91,12 @@ def entry() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line; returns the exit status."""
+    from .errors import Stopped
+
     try:
         return _dispatch(list(argv))
+    except Stopped as stopped:
+        return stopped.status
     except KeyboardInterrupt:
         _say("interrupted")
         return 130

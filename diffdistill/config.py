@@ -80,10 +80,12 @@ def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
     with open_dict(cfg):
         cfg.pop("hydra", None)
     if "run_dir" in cfg and cfg.run_dir is None:
+        if cfg.get("resume", False) is not False:
+            raise UserError("run_dir", "must be given to go on with a run", "null", "Add run_dir=DIR.")
         name = hydra_node.runtime.choices.get("experiment") or "run"
         cfg.run_dir = _default_run_dir(name, hydra_node.job.num if hydra_node.mode == RunMode.MULTIRUN else None)
     if "command" in cfg and cfg.command is None:
-        words = [word for word in hydra_node.overrides.task if not word.startswith(("run_dir=", "dry_run="))]
+        words = [word for word in hydra_node.overrides.task if not word.startswith(("run_dir=", "dry_run=", "resume="))]
         cfg.command = " ".join(words)
     OmegaConf.resolve(cfg)
     return cfg

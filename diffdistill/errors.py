@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause."""
+"""The one exception for what a user can cause, and the one for a run that was told to stop."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,11 @@ class UserError(ValueError):
     def __init__(self, key: str, constraint: str, value: object, fix: str) -> None:
         super().__init__(f"{key} {constraint}, got {value}. {fix}")
         self.key, self.constraint, self.value, self.fix = key, constraint, value, fix
+
+
+class Stopped(BaseException):
+    """A run that ended early because it was told to, everything saved. status: what the process exits with."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"stopped, exit status {status}")
+        self.status = status

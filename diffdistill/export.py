@@ -27,6 +27,7 @@ from diffdistill.networks.diffusers import UNet2D
 from diffdistill.networks.files import resolve
 from diffdistill.networks.inputs import EmbeddingWithInputs
 from diffdistill.networks.mlp import Mlp
+from diffdistill.solvers import Sampler
 
 if TYPE_CHECKING:
     from diffdistill.recipe import Recipe
@@ -53,9 +54,9 @@ save_file({"images": torch.as_tensor(images).contiguous()}, out)
 """
 
 
-def refusal(recipe: Recipe) -> UserError | None:
-    """Why this run cannot become a stock folder, or None."""
-    generator = recipe.distiller.generator
+def refusal(recipe: Recipe, sampler: Sampler | None = None) -> UserError | None:
+    """Why this run cannot become a stock folder, or None. sampler: in place of its own generator."""
+    generator = recipe.distiller.generator if sampler is None else sampler
     network = recipe.networks["student"].network
     if isinstance(network, Mlp) and not isinstance(generator, Generator):
         return None
@@ -106,19 +107,27 @@ def grid_indices(times: tuple[float, ...], sigma_min: float) -> list[int]:
     return indices
 
 
-def write(recipe: Recipe, out: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> Path:
-    """Write the run's generator into the new folder `out` and verify it; weights are used as they are.
+def write(
+    recipe: Recipe,
+    out: Path,
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    sampler: Sampler | None = None,
+) -> Path:
+    """Write the run's generator, or `sampler` in its place, into the new folder `out` and verify it.
+
+    Weights are used as they are.
 
     Raises UserError if it cannot be expressed, if `out` exists, or if the folder read back differs.
     """
-    if (reason := refusal(recipe)) is not None:
+    if (reason := refusal(recipe, sampler)) is not None:
         raise reason
     if out.exists():
         raise UserError("out", "must not exist yet", str(out), "Name another folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         folder = Path(aside) / out.name
-        generator = recipe.distiller.generator
+        generator = recipe.distiller.generator if sampler is None else sampler
         if isinstance(generator, Generator):
             _write_pipeline(recipe, generator, folder, settings, summary)
             verify(folder, recipe, generator)
@@ -206,7 +215,7 @@ def _write_pipeline(
     call: dict[str, Any] = {} if len(indices) == 1 else {"timesteps": indices[::-1]}
     contract = {"schema": SCHEMA, "call": call, "nfe": generator.nfe, "times": list(generator.times)}
     (folder / "call.json").write_text(json.dumps(contract, indent=1) + "\n")
-    (folder / "README.md").write_text(_readme(recipe, call, settings, summary))
+    (folder / "README.md").write_text(_readme(recipe, generator, call, settings, summary))
 
 
 def _write_model(recipe: Recipe, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
@@ -226,7 +235,13 @@ def _write_model(recipe: Recipe, folder: Path, settings: Mapping[str, Any], summ
         harness.write_card(folder / "metrics.json", figures, protocol, weights, _command(settings))
 
 
-def _readme(recipe: Recipe, call: Mapping[str, Any], settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+def _readme(
+    recipe: Recipe,
+    generator: Generator,
+    call: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+) -> str:
     teacher = str(settings["networks"].get("path", settings["networks"]["_target_"]))
     method = type(recipe.distiller).__name__
     labels = ", class_labels=[0, 1, 2, 3]" if recipe.data.num_classes else ""
@@ -239,7 +254,7 @@ tags: [diffdistill, {method.lower()}, few-step]
 ---
 # {method} student of {teacher}
 
-{recipe.distiller.generator.nfe} network evaluation(s) per sample, no guidance. Load it with diffusers alone:
+{generator.nfe} network evaluation(s) per sample, no guidance. Load it with diffusers alone:
 
 ```python
 from diffusers import DiffusionPipeline

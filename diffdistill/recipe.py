@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
-from diffdistill import checkpoint
 from diffdistill.config import build
 from diffdistill.data import Data
 from diffdistill.distillers.base import Distiller
@@ -64,15 +61,3 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
     distiller = build(settings["distiller"], networks=networks)
     sampler = build(settings["sampler"])(networks["teacher"])
     return Recipe(data, networks, distiller, needs, sampler)
-
-
-def load_run(run: str) -> tuple[Recipe, Mapping[str, Any]]:
-    """A finished run's recipe with its averaged weights, and its settings."""
-    folder = Path(run)
-    if not (folder / "config.yaml").is_file():
-        raise UserError("run", "must be a folder that `diffdistill train` wrote", run, "Look for its config.yaml.")
-    settings = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(settings, DictConfig)
-    recipe = assemble(settings)
-    checkpoint.load_averaged(recipe.networks, checkpoint.latest(folder / "checkpoints"))
-    return recipe, settings

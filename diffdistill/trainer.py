@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
 from diffdistill.rng import Rng
+from diffdistill.training_state import TrainingState
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> factor on the learning rate
 
@@ -60,29 +62,27 @@ class NonFiniteError(UserError):
         )
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass
 class Progress:
-    """What the loop reports. log: (step, figures) -> None.  save, evaluate: (step) -> None, outside the clock."""
+    """What the loop reports. log: (step, figures) -> None.  save, evaluate: (step) -> None, outside the clock; an
+    evaluation is followed by a save.  stop: asked after every step; true ends the loop after a save.
+    """
 
     log: Callable[[int, Mapping[str, float]], None]
     save: Callable[[int], None]
     evaluate: Callable[[int], None]
-
-
-@dataclass
-class Outcome:
-    """seconds: of training alone.  peak_bytes: of live tensors in one full step."""
-
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    snapshots: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    stop: Callable[[], bool] = _never
 
 
 class Trainer:
     """steps: optimizer steps of the method's clock.  batch_size: samples per micro-batch and process.  accumulate:
     micro-batches per step.  optimizer, lr, clip: by role name, `default` for the others; clip is the largest gradient
-    norm, null is none.  ema: role -> rate of its evaluation average.  log_every, checkpoint_every, evaluate_every:
-    in steps, 0 is only at the end.
+    norm, null is none.  ema: role -> rate of its evaluation average.  log_every, checkpoint_every: in steps, 0 is only
+    at the end.  keep: newest checkpoints that stay, beside the best evaluated one.
     """
 
     def __init__(
@@ -93,6 +93,7 @@ class Trainer:
         seed: int,
         log_every: int,
         checkpoint_every: int,
+        keep: int,
         optimizer: Mapping[str, partial[torch.optim.Optimizer]],
         lr: Mapping[str, Schedule],
         clip: Mapping[str, float | None],
@@ -104,57 +105,81 @@ class Trainer:
             ("accumulate", accumulate, 1),
             ("log_every", log_every, 1),
             ("checkpoint_every", checkpoint_every, 0),
+            ("keep", keep, 1),
         ):
             if value < least:
                 raise UserError(f"trainer.{key}", f"must be >= {least}", value, "Raise it.")
         self.steps, self.batch_size, self.accumulate, self.seed = steps, batch_size, accumulate, seed
-        self.log_every, self.checkpoint_every = log_every, checkpoint_every
+        self.log_every, self.checkpoint_every, self.keep = log_every, checkpoint_every, keep
         self.optimizer, self.lr, self.clip, self.ema = optimizer, lr, clip, ema
+
+    def start(self, distiller: Distiller, networks: Networks) -> TrainingState:
+        """The state before the first step; `TrainingState.load` moves it on to a checkpoint."""
+        return TrainingState(distiller, networks, self.prepare(networks))
 
     def fit(
         self,
-        distiller: Distiller,
-        networks: Networks,
+        state: TrainingState,
         data: Data,
         needs: frozenset[str],
         accelerator: Accelerator,
         progress: Progress,
         evaluate_every: int = 0,
-    ) -> Outcome:
-        """Run all steps; the networks are left trained, their evaluation averages tracked."""
-        optimizers = self.prepare(networks)
-        outcome = Outcome()
-        early = range(min(1, self.steps - 1), min(11, self.steps))  # after the first step optimizers hold their state
-        measured = max(early, key=lambda step: len(distiller.phases(step)))
-        for step in range(self.steps):
+    ) -> None:
+        """Run the steps that are left, or until asked to stop; `state` is where they led.
+
+        evaluate_every: in steps, 0 is never.
+        """
+        measured = self._measured(state.distiller)
+        while state.step < self.steps:
             started = time.perf_counter()
-            batches = self.batches(data, needs, networks, step)
-            counter = PeakBytes(self._live(networks, optimizers)) if step == measured else None
-            figures: dict[str, float] = {}
-            for phase in distiller.phases(step):
-                run = partial(self.update, phase, batches, step, networks, optimizers, accelerator)
-                if counter is None:
-                    losses, norms = run()
-                else:
-                    with counter:
-                        losses, norms = run()
-                if (step + 1) % self.log_every == 0:
-                    figures |= _figures(phase, losses) | {f"grad_norm/{role}": float(n) for role, n in norms.items()}
-            self._transit(distiller.after_step(step), networks, optimizers, outcome)
-            if counter is not None:
-                outcome.peak_bytes = counter.peak
+            counter = PeakBytes(self._live(state)) if state.step == measured else nullcontext()
+            figures = self._run(state, data, needs, accelerator, counter)
+            if isinstance(counter, PeakBytes):
+                state.peak_bytes = counter.peak
             seconds = time.perf_counter() - started
-            outcome.seconds += seconds
-            if (step + 1) % self.log_every == 0:
-                rates = {f"lr/{role}": optimizer.param_groups[0]["lr"] for role, optimizer in optimizers.items()}
-                progress.log(step + 1, {**figures, **rates, "time/step_seconds": seconds})
-            if step + 1 < self.steps:
-                if self.checkpoint_every and (step + 1) % self.checkpoint_every == 0:
-                    progress.save(step + 1)
-                if evaluate_every and (step + 1) % evaluate_every == 0:
-                    progress.evaluate(step + 1)
-        networks.train_only(())
-        return outcome
+            state.seconds += seconds
+            state.step += 1
+            if state.step % self.log_every == 0:
+                progress.log(state.step, {**figures, "time/step_seconds": seconds})
+            evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and state.step < self.steps
+            if evaluated:
+                progress.evaluate(state.step)
+            stopping = progress.stop()
+            due = bool(self.checkpoint_every) and state.step % self.checkpoint_every == 0
+            if state.step == self.steps or due or evaluated or stopping:
+                progress.save(state.step)
+            if stopping:
+                break
+        state.networks.train_only(())
+
+    def _run(
+        self,
+        state: TrainingState,
+        data: Data,
+        needs: frozenset[str],
+        accelerator: Accelerator,
+        counter: AbstractContextManager[Any],
+    ) -> dict[str, float]:
+        """One step; its figures if it is one to log. counter: entered around the phases."""
+        step, networks = state.step, state.networks
+        batches = self.batches(data, needs, networks, step)
+        figures: dict[str, float] = {}
+        logged = (step + 1) % self.log_every == 0
+        for phase in state.distiller.phases(step):
+            with counter:
+                losses, norms = self.update(phase, batches, step, networks, state.optimizers, accelerator)
+            if logged:
+                figures |= _figures(phase, losses) | {f"grad_norm/{role}": float(n) for role, n in norms.items()}
+        self._transit(state.distiller.after_step(step), state)
+        if logged:
+            figures |= {f"lr/{role}": o.param_groups[0]["lr"] for role, o in state.optimizers.items()}
+        return figures
+
+    def _measured(self, distiller: Distiller) -> int:
+        """The step whose peak of live bytes is taken: after the first step optimizers hold their state."""
+        early = range(min(1, self.steps - 1), min(11, self.steps))
+        return max(early, key=lambda step: len(distiller.phases(step)))
 
     def prepare(self, networks: Networks) -> dict[str, torch.optim.Optimizer]:
         """One optimizer for each trainable role; evaluation averages begin."""
@@ -229,23 +254,18 @@ class Trainer:
             group.setdefault("initial_lr", group["lr"])
         return optimizer
 
-    def _transit(
-        self,
-        transition: Transition | None,
-        networks: Networks,
-        optimizers: dict[str, torch.optim.Optimizer],
-        outcome: Outcome,
-    ) -> None:
+    def _transit(self, transition: Transition | None, state: TrainingState) -> None:
         if transition is None:
             return
+        networks = state.networks
         for role, name in transition.snapshot:
-            outcome.snapshots[name] = {key: value.clone() for key, value in networks.state(role).items()}
+            state.snapshots[name] = {key: value.clone() for key, value in networks.state(role).items()}
         for name, role in transition.restore:
-            networks.load(role, outcome.snapshots[name])
+            networks.load(role, state.snapshots[name])
         for source, target in transition.copy:
             networks.copy(source, target)
         for role in transition.restart:
-            optimizers[role] = self._optimizer(role, networks)
+            state.optimizers[role] = self._optimizer(role, networks)
             networks.restart_averages(role)
 
     def _of(self, values: Mapping[str, Any], role: str) -> Any:
@@ -269,7 +289,8 @@ class Trainer:
             self._optimizer(role, networks)
 
     @staticmethod
-    def _live(networks: Networks, optimizers: Mapping[str, torch.optim.Optimizer]) -> list[Tensor]:
+    def _live(state: TrainingState) -> list[Tensor]:
+        networks, optimizers = state.networks, state.optimizers
         weights = [*networks.teacher.parameters(), *networks.teacher.buffers()]
         owned = [p for role in networks.owned for p in networks.weights(role)]
         averages = [tensor for average in networks.averages().values() for tensor in average.average]

@@ -26,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_writes_what_it_promises_and_nothing_else(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "summary.json", "samples", "checkpoints"
+        ".lock", "config.yaml", "metrics.jsonl", "summary.json", "samples", "checkpoints"
     }  # fmt: skip
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 8, 12]

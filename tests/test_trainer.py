@@ -17,23 +17,24 @@ from diffdistill.errors import UserError
 from diffdistill.networks.roles import Role
 from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
-from diffdistill.trainer import ConstantLR, CosineLR, NonFiniteError, Outcome, Progress, Trainer
+from diffdistill.trainer import ConstantLR, CosineLR, NonFiniteError, Progress, Trainer
+from diffdistill.training_state import TrainingState
 
 
 def trainer_of(*overrides: str) -> Trainer:
     return build(compose("train", ["experiment=none", "run_dir=none", *overrides]).trainer)
 
 
-def fit(trainer: Trainer, recipe: Recipe, every: int = 0) -> tuple[Outcome, list[tuple[str, Any]]]:
+def fit(trainer: Trainer, recipe: Recipe, every: int = 0) -> tuple[TrainingState, list[tuple[str, Any]]]:
     seen: list[tuple[str, Any]] = []
     progress = Progress(
         lambda step, figures: seen.append(("log", (step, dict(figures)))),
         lambda step: seen.append(("save", step)),
         lambda step: seen.append(("evaluate", step)),
     )
-    return trainer.fit(
-        recipe.distiller, recipe.networks, recipe.data, recipe.needs, Accelerator(), progress, every
-    ), seen
+    state = trainer.start(recipe.distiller, recipe.networks)
+    trainer.fit(state, recipe.data, recipe.needs, Accelerator(), progress, every)
+    return state, seen
 
 
 def student(recipe: Recipe) -> torch.Tensor:
@@ -87,7 +88,7 @@ def test_logging_saving_and_evaluating_come_when_due() -> None:
     recipe = gauss_recipe("dmd2")
     _, seen = fit(trainer_of("trainer.steps=7", "trainer.log_every=3", "trainer.checkpoint_every=2"), recipe, every=4)
     assert [step for what, (step, *_) in ((w, v if w == "log" else (v,)) for w, v in seen) if what == "log"] == [3, 6]
-    assert [v for w, v in seen if w == "save"] == [2, 4, 6]
+    assert [v for w, v in seen if w == "save"] == [2, 4, 6, 7]
     assert [v for w, v in seen if w == "evaluate"] == [4]
     figures = seen[-1][1][1] if seen[-1][0] == "log" else next(v[1] for w, v in reversed(seen) if w == "log")
     assert {"critic/denoising", "grad_norm/fake_score", "lr/student", "time/step_seconds"} <= figures.keys()

@@ -12,7 +12,7 @@ import torch
 
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.plots import side_by_side
-from diffdistill.recipe import load_run
+from diffdistill.saved_run import load_run
 
 
 def draw(run: str, out: str, rows: int = 8) -> None:

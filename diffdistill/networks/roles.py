@@ -183,6 +183,18 @@ class Networks:
         """Evaluation averages by role name."""
         return {k.removeprefix("average/"): v for k, v in self._averages.items() if k.startswith("average/")}
 
+    def counters(self) -> dict[str, Any]:
+        """What changes in training beside weights: updates of each average, and views that lost their guidance."""
+        plain = [name for name, view in self._views.items() if isinstance(view, Denoiser) and view.guidance is None]
+        return {"updates": {name: average.updates for name, average in self._averages.items()}, "unguided": plain}
+
+    def load_counters(self, saved: Mapping[str, Any]) -> None:
+        """Inverse of `counters`; weights and averages are loaded on their own."""
+        for name, updates in saved["updates"].items():
+            self._averages[name].updates = updates
+        for name in saved["unguided"]:
+            self._views[name] = self._views[name].guided(None)
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the context, roles with an evaluation average hold it."""
@@ -253,7 +265,15 @@ class Networks:
             if mode not in self.roles[name].modes:
                 legal = ", ".join(self.roles[name].modes)
                 raise UserError(f"roles.{name}", f"must be one of: {legal}", mode, "This role is trained so or not.")
-        return {name: modes.get(name, role.modes[0]) for name, role in self.roles.items()}
+        chosen = {name: modes.get(name, role.modes[0]) for name, role in self.roles.items()}
+        for name, role in self.roles.items():  # an average has the form of what it averages
+            if role.ema_of is not None and chosen[name] != chosen[role.ema_of]:
+                if name in modes:
+                    source = chosen[role.ema_of]
+                    fix = f"It is the average of {role.ema_of}; leave it out."
+                    raise UserError(f"roles.{name}", f"must be {source} like {role.ema_of}", modes[name], fix)
+                chosen[name] = chosen[role.ema_of]
+        return chosen
 
     def _build_denoiser(self, name: str, role: Role, guidance: Guidance | None) -> None:
         if not role.owns_weights:

@@ -1,0 +1,223 @@
+"""The verb train: check everything, hold the folder, begin or go on, stage by stage."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from diffdistill import checkpoint
+from diffdistill.config import build
+from diffdistill.config_types import dot, show
+from diffdistill.errors import UserError
+from diffdistill.evaluation import harness
+from diffdistill.evaluation.harness import Evaluation
+from diffdistill.networks.files import resolve
+from diffdistill.networks.roles import Networks
+from diffdistill.recipe import Recipe, assemble
+from diffdistill.run import Run
+from diffdistill.run_folder import RunFolder, read_json
+from diffdistill.saved_run import load_run
+from diffdistill.stages import Part, parts
+from diffdistill.trainer import Trainer
+from diffdistill.warm_start import warm_start
+
+# What may differ when a run goes on: where it lies and how often it saves, not what it computes.
+_FREE = ("run_dir", "resume", "dry_run", "command", "schema", "trainer.checkpoint_every", "trainer.keep")
+Resume = bool | Literal["auto"]
+
+
+def train(
+    data: DictConfig,
+    networks: DictConfig,
+    sampler: DictConfig,
+    distiller: DictConfig,
+    trainer: DictConfig,
+    evaluation: DictConfig,
+    run_dir: str,
+    precision: Literal["fp32", "bf16"] | None,
+    guidance: DictConfig,
+    roles: DictConfig,
+    lora: DictConfig,
+    init: dict[str, str],
+    stages: dict[str, dict[str, Any]],
+    resume: bool | Literal["auto"],
+    compile: bool,
+    command: str,
+    dry_run: bool,
+) -> dict[str, Any] | None:
+    """Train, evaluate and export one run; returns its summary (also in run_dir/summary.json).
+
+    Everything a user can get wrong is checked before the first step, for every stage; with dry_run that is all that
+    happens. resume: true goes on with the run in run_dir; auto does, or begins where there is none.
+    """
+    settings: Mapping[str, Any] = dict(locals())
+    folder = RunFolder(Path(run_dir))
+    if resume is False:
+        folder.refuse_occupied()
+    elif (stored := _stored(folder, settings, resume)) is not None:
+        settings = stored
+        if folder.is_finished:
+            return _finished(folder, resume)
+    accelerator = _accelerator(settings["precision"])
+    todo = [part for part in parts(settings, folder, train) if not (part.name and part.folder.is_finished)]
+    first, *later = [_prepared(part, todo, _device(dry_run, index, accelerator)) for index, part in enumerate(todo)]
+    if dry_run:
+        Console().print("dry run: the configuration is good, nothing was trained.")
+        return None
+    with folder.held():
+        if resume is False:
+            folder.refuse_occupied()  # it may have been taken since
+        if not folder.config_file.is_file():
+            folder.write_config(settings)
+        summary = _run(first, accelerator, resume)
+        for part in todo[1:]:
+            summary = _run(_prepared(part, [], accelerator.device), accelerator, resume)
+    return summary
+
+
+def _device(dry_run: bool, index: int, accelerator: Accelerator) -> torch.device:
+    """Only the first part is built for good before the folder is held; later ones are checked by shape."""
+    return torch.device("meta") if dry_run or index else accelerator.device
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A part that was checked and built. fresh: it has no checkpoint to go on from."""
+
+    part: Part
+    recipe: Recipe
+    trainer: Trainer
+    evaluation: Evaluation | None
+    teacher_figures: dict[str, Any]
+
+
+def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
+    """Build a part on `device`, every mistake told. among: the parts of a recipe whose stages have not run yet."""
+    settings = part.settings
+    recipe = assemble(settings, device)
+    trainer: Trainer = build(settings["trainer"])
+    judge: Evaluation | None = build(settings["evaluation"])
+    if judge is not None and judge.metrics == ():
+        judge = None
+    trainer.check_roles(recipe.networks)
+    if not checkpoint.steps(part.folder.checkpoints):  # else weights come from there, and the source may be gone
+        warm_start(recipe.networks, settings["init"] or {}, functools.partial(_source, part, among))
+    figures: dict[str, Any] = {}
+    if judge is not None:
+        judge.check(recipe.data)
+        if judge.teacher == "card":
+            figures = harness.read_card(*_card(settings["networks"]), judge, recipe.data, recipe.sampler.nfe)
+    return _Prepared(part, recipe, trainer, judge, figures)
+
+
+def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
+    """The networks that `run:DIR` or `stage:NAME` names; a stage that has not run yet is built without weights."""
+    kind, _, rest = where.partition(":")
+    if kind == "run":
+        return load_run(rest, key=key)[0].networks
+    for other in among:
+        if other.name == rest:
+            return assemble(other.settings, "meta").networks
+    root = part.folder.path.parent.parent if part.name else part.folder.path
+    return load_run(str(root / "stages" / rest), key=key)[0].networks
+
+
+def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[str, Any]:
+    part, recipe = prepared.part, prepared.recipe
+    if part.name:
+        Console().print(f"stage {part.name}")
+        part.folder.path.mkdir(parents=True, exist_ok=True)
+    start = part.folder.newest()
+    if start is None and resume is True and not part.name and not part.settings["stages"]:
+        fix = "resume=auto starts it over."
+        raise UserError("resume", "needs a checkpoint", str(part.folder.checkpoints), fix)
+    run = Run(part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures)
+    if part.settings["compile"]:
+        recipe.networks.compile()
+    return run.execute(accelerator, start)
+
+
+def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> Mapping[str, Any] | None:
+    """The settings of the run in `folder`, which the given ones must agree with; None if there is no run to go on.
+
+    Where nothing but the folder was given, its own settings are taken.
+    """
+    if not folder.config_file.is_file():
+        if resume is True:
+            raise UserError("resume", "needs a run to go on with", str(folder.path), "resume=auto begins a new one.")
+        folder.refuse_occupied()
+        return None
+    stored = folder.read_config("run_dir")
+    ours, theirs = (dict(_leaves(OmegaConf.create(_plain(node)))) for node in (settings, stored))
+    if settings["command"]:
+        for key in dict.fromkeys([*theirs, *ours]):
+            if not key.startswith(_FREE) and ours.get(key) != theirs.get(key):
+                fix = "Leave it out, or start a new run from the weights: init.student=run:DIR."
+                given = show(ours.get(key))
+                raise UserError(key, f"must be {show(theirs.get(key))}, as in the run that goes on", given, fix)
+    kept = {key: settings[key] for key in ("run_dir", "resume", "dry_run")}
+    for key in ("checkpoint_every", "keep"):
+        if f"trainer.{key}=" in settings["command"]:
+            OmegaConf.update(stored, f"trainer.{key}", settings["trainer"][key])
+    return {**{str(key): stored[key] for key in stored}, **kept}
+
+
+def _plain(node: Any) -> dict[str, Any]:
+    return {str(k): OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in node.items()}
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything that is no mapping with entries."""
+    for name in node:
+        full, value = dot(key, name), node[name]
+        if OmegaConf.is_dict(value) and value:
+            yield from _leaves(value, full)
+        else:
+            yield full, OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def _finished(folder: RunFolder, resume: Resume) -> dict[str, Any]:
+    if resume is True:
+        fix = "Its results stand; resume=auto passes over it."
+        raise UserError("resume", "needs a run that is not finished", str(folder.path), fix)
+    Console().print(f"finished before, nothing to do: {folder.path}", soft_wrap=True, highlight=False)
+    return read_json(folder.path / "summary.json", "run_dir")
+
+
+def _accelerator(precision: str | None) -> Accelerator:
+    if precision is None:
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    AcceleratorState._reset_state()  # a second run of this process may ask for another precision
+    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
+    if accelerator.num_processes > 1:
+        raise UserError(
+            "accelerate launch", "trains on one process so far", accelerator.num_processes, "Start one process."
+        )
+    return accelerator
+
+
+@functools.cache
+def _file_sha256(path: Path) -> str:
+
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _card(networks: Mapping[str, Any]) -> tuple[Path, str]:
+    """Where the teacher's card lies and the hash of its weights."""
+    folder = Path(resolve(str(networks.get("path", ""))))
+    weights = next(iter(sorted(folder.glob("*.safetensors"))), None) if networks.get("path") else None
+    if weights is None:
+        raise UserError(
+            "evaluation.teacher", "card needs shipped weights", networks.get("_target_"), "Set it to fresh or none."
+        )
+    return folder / "metrics.json", _file_sha256(weights)

@@ -1,0 +1,29 @@
+"""One picture of a sampler: a grid of images or a scatter plot of points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from diffdistill.data import Data
+from diffdistill.evaluation import harness, plots
+from diffdistill.networks.roles import Networks
+from diffdistill.solvers import Sampler
+
+
+def draw_picture(
+    data: Data, sampler: Sampler, num: int, seed: int, path: Path, networks: Networks | None = None
+) -> None:
+    """Draw a grid of images, one class per column where there are classes, or a scatter plot of points."""
+    device, dtype = where(networks)
+    labels = torch.arange(num) % data.num_classes if data.num_classes else None
+    samples, _ = harness.draw(sampler, data, num, seed, 500, device, dtype, labels)
+    if len(data.shape) == 3:
+        plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= 16 else 8)
+    else:
+        plots.scatter(samples, data.reference().data, path)
+
+
+def where(networks: Networks | None) -> tuple[torch.device, torch.dtype]:
+    return (torch.device("cpu"), torch.float32) if networks is None else (networks.device, networks.dtype)

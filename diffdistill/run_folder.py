@@ -1,0 +1,191 @@
+"""The folder of a run: its lock, its configuration with a schema version, its metrics."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from diffdistill import checkpoint
+from diffdistill.checkpoint import Checkpoint
+from diffdistill.errors import UserError
+
+SCHEMA = 2  # of config.yaml; 1 had no key `schema`, no warm start, no stages
+_FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EROFS: "it is read-only"}
+_FULL |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
+
+
+def say(text: str) -> None:
+    """Tell on stderr what the user must not miss."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, a full disk or a folder without permission is the user's one message: what stands stays whole."""
+    try:
+        yield
+    except OSError as error:
+        reason = _FULL.get(error.errno or 0)
+        if reason is None:  # safetensors has the number in its text alone
+            reason = next((text for number, text in _FULL.items() if f"os error {number})" in str(error)), None)
+        if reason is None:
+            raise
+        fix = "What was committed before stands: make room, then go on with resume=true."
+        raise UserError("run_dir", f"must be writable: {reason}", str(path), fix) from error
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """path: the run's directory, which need not exist yet."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder for this process alone; it is free again when the process ends, however it ends.
+
+        Raises UserError if another process holds it.
+        """
+        with writing(self.path):
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                fix = "Name a new or empty folder."
+                raise UserError("run_dir", "must be a folder", str(self.path), fix) from error
+            lock = FileLock(self.path / ".lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout as error:
+                fix = "Wait for it, or name another folder."
+                raise UserError("run_dir", "must not be in use by another run", str(self.path), fix) from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def occupied(self) -> bool:
+        """Whether something other than a lock lies there."""
+        return self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir()))
+
+    def refuse_occupied(self) -> None:
+        """A new run never writes over another."""
+        if not self.occupied():
+            return
+        fix = "Name another folder, or move this one away."
+        if self.config_file.is_file():
+            fix = "Go on with it by resume=true, name another folder, or move this one away."
+        raise UserError("run_dir", "must be new or empty", str(self.path), fix)
+
+    def write_config(self, settings: Mapping[str, Any]) -> None:
+        plain = {"schema": SCHEMA, **{k: v for k, v in settings.items() if k not in ("dry_run", "resume")}}
+        aside = self.config_file.with_name(".config.yaml")
+        aside.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+        aside.replace(self.config_file)  # whole or not at all
+
+    def read_config(self, key: str = "run") -> DictConfig:
+        """The run's settings as this version reads them, resolved.
+
+        Raises UserError, naming `key`, if there are none, if they cannot be read or come from a newer version.
+        """
+        if not self.config_file.is_file():
+            fix = "Look for its config.yaml."
+            raise UserError(key, "must be a folder that `diffdistill train` wrote", str(self.path), fix)
+        try:
+            settings = OmegaConf.load(self.config_file)
+            assert isinstance(settings, DictConfig)
+            schema = settings.pop("schema", 1)
+        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, AssertionError, OSError) as error:
+            first = " ".join(str(error).split())[:200]
+            raise UserError(key, "must hold a readable config.yaml", str(self.config_file), first) from error
+        if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
+            fix = "Upgrade diffdistill." if isinstance(schema, int) else "Restore the file."
+            raise UserError(key, f"must be of a schema up to {SCHEMA}, this version's", f"schema {schema}", fix)
+        return _migrated(settings, schema)
+
+    def newest(self, only: tuple[str, ...] | None = None) -> Checkpoint | None:
+        """The newest whole checkpoint, None if there is none; damaged ones are told on stderr."""
+        return checkpoint.newest(self.checkpoints, say, only)
+
+    def cut_metrics(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after `step`: they will be written again, equal."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return
+        aside = path.with_name(".metrics.jsonl")
+        with aside.open("w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in self._metrics() if line["step"] <= step)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+
+    def best_step(self) -> int | None:
+        """The evaluated step with the lowest distance whose checkpoint stands; None if nothing was evaluated."""
+        standing = {int(path.name.removeprefix("step-")) for path in checkpoint.steps(self.checkpoints)}
+        found = [(figure, line["step"]) for line in self._metrics() if (figure := _distance(line)) is not None]
+        return min(((f, s) for f, s in found if s in standing), default=(None, None))[1]
+
+    def was_evaluated(self, step: int) -> bool:
+        return any(line["step"] == step and _distance(line) is not None for line in self._metrics())
+
+    def _metrics(self) -> Iterator[dict[str, Any]]:
+        """The lines of metrics.jsonl; the one that a kill left unfinished is passed over."""
+        path = self.path / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            with suppress(ValueError):
+                yield json.loads(line)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        aside = self.path / ".summary.json"
+        aside.write_text(json.dumps(summary, indent=1) + "\n")
+        aside.replace(self.path / "summary.json")
+
+    def add_metrics(self, step: int, figures: Mapping[str, Any]) -> None:
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+
+
+def _distance(line: Mapping[str, Any]) -> float | None:
+    """What ranks checkpoints, lower is better: the first of these that an evaluation has."""
+    figures = (line.get(f"evaluation/{name}") for name in ("fd_pixel", "fd", "kid", "swd"))
+    return next((figure for figure in figures if figure is not None), None)
+
+
+def _migrated(settings: DictConfig, schema: int) -> DictConfig:
+    """Settings of an older schema as the current one has them."""
+    if schema == 1:  # the keys that came with schema 2, at the values that mean what schema 1 did
+        settings = OmegaConf.merge({"init": {}, "stages": {}}, settings)  # type: ignore[assignment]
+    return settings
+
+
+def read_json(path: Path, key: str) -> dict[str, Any]:
+    """A JSON object; UserError, naming `key` and the file, if it cannot be read."""
+    try:
+        values = json.loads(path.read_text())
+        assert isinstance(values, dict)
+    except (OSError, ValueError, AssertionError) as error:
+        raise UserError(key, "must hold readable JSON", str(path), f"{type(error).__name__}: {error}"[:200]) from error
+    return values

@@ -1,0 +1,125 @@
+"""The verbs sample, evaluate and export: from a run or a pipeline folder to a picture, figures, another folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+
+from diffdistill.config import build
+from diffdistill.data import Data
+from diffdistill.errors import UserError
+from diffdistill.evaluation import harness
+from diffdistill.evaluation.harness import Evaluation
+from diffdistill.export import write as write_pipeline
+from diffdistill.networks.roles import Networks
+from diffdistill.pictures import draw_picture, where
+from diffdistill.pipelines import PipelineSampler, with_steps
+from diffdistill.run_folder import read_json
+from diffdistill.saved_run import Choice, load_run
+from diffdistill.solvers import Sampler
+
+SCHEMA = 1
+
+
+def sample(
+    run: str | None,
+    pipeline: str | None,
+    num: int,
+    steps: int | None,
+    checkpoint: int | Literal["last", "best"],
+    seed: int,
+    out: str,
+    data: DictConfig | None = None,
+) -> str:
+    """Draw num samples of a run or a pipeline folder into the picture `out`; returns its path.
+
+    steps: network calls, None is what the generator was made for.  checkpoint: of a run.  data: for a pipeline, what
+    it generates.
+    """
+    if num < 1:
+        raise UserError("num", "must be >= 1", num, "Ask for at least one sample.")
+    set_, sampler, networks = _source(run, pipeline, data, steps, checkpoint)
+    with torch.no_grad():
+        draw_picture(set_, sampler, num, seed, _new_file("out", out), networks)
+    Console().print(f"{num} samples, {sampler.nfe} network evaluations each: {out}", soft_wrap=True)
+    return out
+
+
+def evaluate(
+    run: str | None,
+    pipeline: str | None,
+    metrics: tuple[str, ...] | None,
+    num_samples: int,
+    steps: int | None,
+    checkpoint: int | Literal["last", "best"],
+    seed: int,
+    batch_size: int,
+    replicates: int,
+    prdc_space: Literal["values", "features"],
+    out: str | None,
+    data: DictConfig | None = None,
+) -> dict[str, Any]:
+    """Measure num_samples samples of a run or a pipeline folder; returns and optionally writes figures and protocol."""
+    judge = Evaluation(0, num_samples, num_samples, metrics, seed, batch_size, replicates, "none", prdc_space)
+    set_, sampler, networks = _source(run, pipeline, data, steps, checkpoint)
+    judge.check(set_)
+    if out is not None:
+        _new_file("out", out)
+    figures, protocol = harness.evaluate(sampler, set_, judge, *where(networks))
+    Console().print(harness.table([(run or pipeline or "", figures)]))
+    result = {"schema": SCHEMA, "source": run or pipeline, "figures": figures, "protocol": protocol.to_json()}
+    if out is not None:
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def export(
+    run: str, out: str, checkpoint: int | Literal["last", "best"], steps: int | None, format: Literal["pipeline"]
+) -> str:
+    """Write a run's generator as a stock diffusers folder, verified; returns its path.
+
+    steps: network calls, None is what the generator was made for.
+    """
+    recipe, settings = load_run(run, checkpoint)
+    generator = with_steps(recipe.distiller.generator, steps)
+    summary = Path(run) / "summary.json"
+    same = checkpoint == "last" and generator.nfe == recipe.distiller.generator.nfe
+    # the figures are of the last weights and the run's own steps
+    figures = read_json(summary, "run") if summary.is_file() and same else {}
+    path = write_pipeline(recipe, Path(out), settings, figures, generator)
+    Console().print(f"wrote {path}", soft_wrap=True)
+    return str(path)
+
+
+def _source(
+    run: str | None, pipeline: str | None, data: DictConfig | None, steps: int | None, checkpoint: Choice
+) -> tuple[Data, Sampler, Networks | None]:
+    """Data, sampler and (for a run) networks that sample and evaluate were pointed at."""
+    if (run is None) == (pipeline is None):
+        raise UserError(
+            "run, pipeline", "must be given one or the other", f"run={run} pipeline={pipeline}", "Give one."
+        )
+    if run is not None:
+        recipe, _ = load_run(run, checkpoint)
+        chosen: Data = recipe.data if data is None else build(data)
+        if chosen.shape != recipe.data.shape:
+            raise UserError(
+                "data", f"must have the run's sample shape {recipe.data.shape}", chosen.shape, "Leave it out."
+            )
+        return chosen, with_steps(recipe.distiller.generator, steps), recipe.networks
+    if data is None:
+        raise UserError("data", "must say what the pipeline generates", None, "Add data=digits, for example.")
+    return build(data), PipelineSampler.load(str(pipeline), steps), None
+
+
+def _new_file(key: str, path: str) -> Path:
+    """A path whose folder exists and that is no folder itself."""
+    file = Path(path)
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UserError(key, "must name a file in an existing folder", path, "Make the folder, or name a file.")
+    return file
