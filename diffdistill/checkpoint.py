@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,8 @@ class Checkpoint:
         return int(self.values["schema"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file, on the CPU."""
-        return dict(load_file(self.path / f"{name}.safetensors"))
+        """The tensors of one file, on the CPU, independent of the file."""
+        return {key: value.clone() for key, value in load_file(self.path / f"{name}.safetensors").items()}
 
 
 def commit(folder: Path, step: int, tensors: Tensors, values: Mapping[str, Any]) -> Path:
@@ -113,16 +113,16 @@ def steps(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def newest(folder: Path, say: Callable[[str], None], only: Iterable[str] | None = None) -> Checkpoint | None:
+def newest(folder: Path, say: Callable[[str], None], skip: tuple[str, ...] = ()) -> Checkpoint | None:
     """The newest whole checkpoint; None if there is none at all. Each damaged one is told through `say`.
 
-    only: beginnings of the names of files that matter, for a reader who does not need them all.
+    skip: beginnings of the names of files that a reader does not need, and that are not hashed.
     Raises UserError if there are some and none is whole.
     """
     found = steps(folder)
     for path in reversed(found):
         try:
-            return verified(path, only)
+            return verified(path, skip)
         except DamagedError as error:
             say(f"damaged checkpoint {path}: {error}; it is not used")
     if found:
@@ -131,7 +131,7 @@ def newest(folder: Path, say: Callable[[str], None], only: Iterable[str] | None 
     return None
 
 
-def verified(path: Path, only: Iterable[str] | None = None) -> Checkpoint:
+def verified(path: Path, skip: tuple[str, ...] = ()) -> Checkpoint:
     """Read a checkpoint after comparing its files with its manifest.
 
     Raises DamagedError naming the file, UserError for one of a newer schema.
@@ -150,7 +150,7 @@ def verified(path: Path, only: Iterable[str] | None = None) -> Checkpoint:
     if not isinstance(files, dict) or manifest.get("sha256") != _digest(files):
         raise DamagedError(f"{MANIFEST} was changed")
     for name, expected in files.items():
-        if only is None or name == STATE or name.startswith(tuple(only)):
+        if not name.startswith(skip):
             if not (path / name).is_file():
                 raise DamagedError(f"{name} is missing")
             if _fingerprint(path / name) != expected:

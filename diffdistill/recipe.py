@@ -13,6 +13,7 @@ from diffdistill.data import Data
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.networks.roles import Networks
+from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler
 
 
@@ -48,16 +49,19 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
     guidance = settings["guidance"]
     interval = guidance.get("interval")
     example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}
-    networks = Networks(
-        teacher,
-        roles,
-        data.shape,
-        example,
-        modes=dict(settings["roles"]),
-        lora=build(settings["lora"]),
-        guidance_scale=float(guidance["scale"]),
-        guidance_interval=None if interval is None else (float(interval[0]), float(interval[1])),
-    )
+    with torch.random.fork_rng(devices=[]):
+        # heads and adapters are drawn from torch's own generator: the run's seed decides them too
+        torch.manual_seed(Rng(int(settings["trainer"]["seed"]), phase="networks").torch_seed())
+        networks = Networks(
+            teacher,
+            roles,
+            data.shape,
+            example,
+            modes=dict(settings["roles"]),
+            lora=build(settings["lora"]),
+            guidance_scale=float(guidance["scale"]),
+            guidance_interval=None if interval is None else (float(interval[0]), float(interval[1])),
+        )
     distiller = build(settings["distiller"], networks=networks)
     sampler = build(settings["sampler"])(networks["teacher"])
     return Recipe(data, networks, distiller, needs, sampler)

@@ -126,9 +126,9 @@ class RunFolder:
             raise UserError(key, f"must be of a schema up to {SCHEMA}, this version's", f"schema {schema}", fix)
         return _migrated(settings, schema)
 
-    def newest(self, only: tuple[str, ...] | None = None) -> Checkpoint | None:
-        """The newest whole checkpoint, None if there is none; damaged ones are told on stderr."""
-        return checkpoint.newest(self.checkpoints, say, only)
+    def newest(self, skip: tuple[str, ...] = ()) -> Checkpoint | None:
+        """The newest whole checkpoint, None if there is none; damaged ones are told on stderr. skip: files not read."""
+        return checkpoint.newest(self.checkpoints, say, skip)
 
     def cut_metrics(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after `step`: they will be written again, equal."""

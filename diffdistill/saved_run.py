@@ -17,7 +17,8 @@ from diffdistill.run_folder import RunFolder
 from diffdistill.training_state import load_averaged
 
 Choice = int | Literal["last", "best"]  # of a checkpoint: a step, the newest whole one, the best evaluated one
-_NEEDED = ("data", "networks", "sampler", "distiller", "guidance", "roles", "lora")
+_UNREAD = ("optimizer-", "snapshot-", "method.")  # files of a checkpoint that a reader of weights needs not
+_NEEDED = ("data", "networks", "sampler", "distiller", "guidance", "roles", "lora", "trainer")
 
 
 def load_run(run: str, choice: Choice = "last", key: str = "run") -> tuple[Recipe, Mapping[str, Any]]:
@@ -53,9 +54,8 @@ def _check_nodes(settings: DictConfig) -> None:
 
 
 def _chosen(folder: RunFolder, choice: Choice, key: str) -> Checkpoint:
-    only = ("average-", *_weight_files(folder))
     if choice == "last":
-        found = folder.newest(only)
+        found = folder.newest(_UNREAD)
         if found is None:
             fix = "Train it to a checkpoint, or name another run."
             raise UserError(key, "must hold a checkpoint", str(folder.checkpoints), fix)
@@ -68,13 +68,6 @@ def _chosen(folder: RunFolder, choice: Choice, key: str) -> Checkpoint:
         standing = [int(p.name.removeprefix("step-")) for p in checkpoint.steps(folder.checkpoints)]
         raise UserError("checkpoint", f"must be one of the steps {standing}, last or best", step, "Choose one of them.")
     try:
-        return checkpoint.verified(path, only)
+        return checkpoint.verified(path, _UNREAD)
     except DamagedError as error:
         raise UserError("checkpoint", f"must be whole: {error}", str(path), "Use another one, or last.") from error
-
-
-def _weight_files(folder: RunFolder) -> tuple[str, ...]:
-    """Names of files that are neither optimizer states, snapshots nor the method's own: those of the roles."""
-    others = ("optimizer-", "snapshot-", "method.", "average-")
-    names = {path.name for step in checkpoint.steps(folder.checkpoints) for path in step.glob("*.safetensors")}
-    return tuple(sorted(name for name in names if not name.startswith(others)))
