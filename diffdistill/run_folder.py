@@ -177,7 +177,8 @@ def _distance(line: Mapping[str, Any]) -> float | None:
 def _migrated(settings: DictConfig, schema: int) -> DictConfig:
     """Settings of an older schema as the current one has them."""
     if schema == 1:  # the keys that came with schema 2, at the values that mean what schema 1 did
-        settings = OmegaConf.merge({"init": {}, "stages": {}}, settings)  # type: ignore[assignment]
+        new = {"init": {}, "stages": {}, "trainer": {"keep": 2}}
+        settings = OmegaConf.merge(new, settings)  # type: ignore[assignment]
     return settings
 
 
