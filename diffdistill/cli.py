@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,15 @@ _PARTS = ("job", "hydra", "all")
 _TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 _OPTIONS: dict[str, tuple[str, ...] | None] = {
     "--multirun": None,
-    "-m": None,
     "--cfg": _PARTS,
-    "-c": _PARTS,
     "--resolve": None,
     "--package": (),
-    "-p": (),
     "--info": _TOPICS,
-    "-i": _TOPICS,
     "--config-dir": (),
-    "-cd": (),
-    "--hydra-help": None,
 }
+_SHORT = {"-m": "--multirun", "-c": "--cfg", "-p": "--package", "-i": "--info", "-cd": "--config-dir"}
+_DECIDING = ("--multirun", "--cfg", "--info")  # what is done: one of them
+_WITH_CFG = ("--resolve", "--package")
 
 
 def entry() -> None:
@@ -103,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         if not _caused_by_user(error):
             raise
-        _say(f"error: {error}")
+        _say("error: " + " ".join(str(error).split()))  # one line, whatever was quoted in it
         return 2
 
 
@@ -170,17 +167,30 @@ def _options_and_overrides(words: list[str]) -> tuple[dict[str, str], list[str]]
     remaining = iter(words)
     for word in remaining:
         name, equals, value = word.partition("=")
+        name = _SHORT.get(name, name)
         if not word.startswith("-"):
             overrides.append(word)
         elif name not in _OPTIONS:
-            known = [option for option in _OPTIONS if option.startswith("--")]
-            raise _mistake("the option", "must be one that exists", repr(word), known)
+            raise _mistake("the option", "must be one that exists", repr(word), list(_OPTIONS))
         elif _OPTIONS[name] is None:
+            if equals:
+                raise _mistake(name, "must stand alone", repr(value), f"Write {name}.")
             options[name] = ""
         else:
             options[name] = value if equals else next(remaining, "")
             _check_option(name, options[name], _OPTIONS[name] or ())
+    _check_together(options)
     return options, overrides
+
+
+def _check_together(options: Mapping[str, str]) -> None:
+    """Refuse two options that decide what is done, and those of --cfg without it."""
+    deciding = [name for name in _DECIDING if name in options]
+    if len(deciding) > 1:
+        raise _mistake(deciding[0], f"must not go with {deciding[1]}", "both", "Leave one out.")
+    for name in _WITH_CFG:
+        if name in options and "--cfg" not in options:
+            raise _mistake(name, "must go with --cfg", "it alone", "Add --cfg job.")
 
 
 def _check_option(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -1,8 +1,9 @@
-"""Run a verb under hydra.main: composing, sweeps, --cfg and completion are Hydra's, the messages are ours."""
+"""Run a verb: composing, sweeps, --cfg and completion are Hydra's, the messages are ours."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -12,11 +13,11 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from . import config_files
 from .cli import Verb, function_of
-from .config import call, prepared, resolved
+from .config import call, check, composed, prepared, resolved
 from .config_errors import explain
 from .errors import UserError
 
@@ -38,39 +39,65 @@ def run(verb: Verb, options: Mapping[str, str], overrides: Sequence[str]) -> int
     options: Hydra's, with their values ("" for those without).  overrides: key=value words.
     Raises UserError for a mistake in them, and what the verb raises.
     """
-    folder = options.get("--config-dir") or options.get("-cd")
+    folder = options.get("--config-dir")
     if folder is not None and not os.path.isdir(folder):
         raise UserError("--config-dir", "must name a folder", repr(folder), "Give the folder that holds your files.")
-    overrides = prepared(verb.config, overrides)
-    given = overrides if folder is None else [f"hydra.searchpath=[file://{os.path.abspath(folder)}]", *overrides]
+    words = prepared(verb.config, overrides)
+    words = words if folder is None else [f"hydra.searchpath=[file://{os.path.abspath(folder)}]", *words]
+    if not set(options) - {"--config-dir"}:  # one job: composing once does, hydra.main composes twice
+        return _status(call(composed(verb.config, words), function_of(verb)))
+    return _main(verb, options, words)
+
+
+def _main(verb: Verb, options: Mapping[str, str], words: Sequence[str]) -> int:
+    """What needs hydra.main: sweeps, --cfg and --info."""
     statuses = [0]
+    sweep = "--multirun" in options
 
     def explained(function: Callable[[], Any]) -> Any:
         try:
             return function()
         except Exception as error:
-            message = explain(error, verb.config, given)
+            message = explain(error, verb.config, words)
             if message is None:
                 raise
             raise message from None
 
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: DictConfig, rehearsal: bool = False) -> None:
         try:
             cfg = explained(lambda: resolved(cfg, cast("DictConfig", HydraConfig.get())))
-            result = call(cfg, function_of(verb))
+            if rehearsal:
+                _rehearse(cfg, function_of(verb))
+            else:
+                statuses.append(_status(call(cfg, function_of(verb))))
         except Exception as error:
             raise _Stopped(error) from None
-        statuses.append(result if isinstance(result, int) else 0)
 
-    with tempfile.TemporaryDirectory() as scratch:  # a sweep writes a file about itself
-        flags = [word for option in options.items() for word in option if word]
-        words = [*flags, *overrides, *_QUIET, f"hydra.sweep.dir={scratch}"]
-        try:
-            with _one_message(options.get("--package") or options.get("-p")):
-                explained(lambda: _hydra(verb.config, words, job))
-        except _Stopped as stopped:
-            raise stopped.error from stopped.error.__cause__
+    def hydra_main(job: Callable[[DictConfig], None]) -> None:
+        with tempfile.TemporaryDirectory() as scratch:  # a sweep writes a file about itself
+            flags = [word for option in options.items() for word in option if word]
+            _hydra(verb.config, [*flags, *words, *_QUIET, f"hydra.sweep.dir={scratch}"], job)
+
+    try:
+        with _one_message(options.get("--package")):
+            if sweep:  # no job starts before all are known to be good
+                explained(lambda: hydra_main(functools.partial(job, rehearsal=True)))
+            explained(lambda: hydra_main(job))
+    except _Stopped as stopped:
+        raise stopped.error from stopped.error.__cause__
     return max(statuses)
+
+
+def _status(result: Any) -> int:
+    return result if isinstance(result, int) else 0
+
+
+def _rehearse(cfg: DictConfig, function: Callable[..., Any]) -> None:
+    """Check a job of a sweep, and run it dry where the verb can."""
+    check(cfg, function)
+    if "dry_run" in cfg:
+        with contextlib.redirect_stdout(io.StringIO()):
+            call(cast("DictConfig", OmegaConf.merge(cfg, {"dry_run": True})), function)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,11 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from . import config_files
 from .config_check import NODE_WORDS, check, is_node, locate
 from .config_errors import explain
-from .config_types import convert, dot, parameters, show
+from .config_types import convert, dot, parameters, short, show
 from .errors import UserError
+
+# The keys of the verbs' own files that name a file or folder.
+PATHS = ("run_dir", "run", "pipeline", "out")
 
 # Mappings keyed by role start empty, so that roles.student=lora names a key that no file holds.
 _ROLE_KEYED = re.compile(r"(?=(?:roles|init|trainer\.(?:optimizer|lr|clip|ema))(?:\.\w+)?=)")
@@ -32,11 +35,16 @@ def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:
     overrides: what the command line takes, for example ["data=gmm2d", "trainer.steps=100"].
     Raises UserError for every mistake in them.
     """
+    return composed(verb, prepared(verb, overrides))
+
+
+def composed(verb: str, words: Sequence[str]) -> DictConfig:
+    """As `compose`, for overrides that are `prepared`."""
     try:
-        cfg = config_files.composed(verb, prepared(verb, overrides))
+        cfg = config_files.composed(verb, words)
         return resolved(cfg, cfg.hydra)
     except Exception as error:
-        message = explain(error, verb, overrides)
+        message = explain(error, verb, words)
         if message is None:
             raise
         raise message from error
@@ -47,7 +55,12 @@ def prepared(verb: str, overrides: Sequence[str]) -> list[str]:
 
     Those of the form roles.ROLE=... may add their key. A bare `train` is the default experiment; where data, networks
     or distiller are chosen without an experiment, its settings would be another recipe's: experiment=none.
+    Raises UserError for settings of Hydra's own: some of them name places to write to.
     """
+    for text in overrides:
+        if found := re.match(r"[~+]*(hydra(?:[./@][^=]*)?)(?:=(.*))?$", text, re.DOTALL):
+            fix = "Leave it out: --multirun sweeps, --config-dir adds files, run_dir names where a run writes."
+            raise UserError(found[1], "is Hydra's own, and fixed here", short(found[2] or "nothing"), fix)
     words = [_ROLE_KEYED.sub("++", text, count=1) if _ROLE_KEYED.match(text) else text for text in overrides]
     named = any(re.match(r"[~+]*experiment\b", word) for word in words)
     if verb == "train" and not named and any(re.match(r"(data|networks|distiller)=", word) for word in words):
@@ -80,7 +93,7 @@ def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
     with open_dict(cfg):
         cfg.pop("hydra", None)
     if "run_dir" in cfg and cfg.run_dir is None:
-        if cfg.get("resume", False) is not False:
+        if cfg.get("resume", False) in (True, "auto"):
             raise UserError("run_dir", "must be given to go on with a run", "null", "Add run_dir=DIR.")
         name = hydra_node.runtime.choices.get("experiment") or "run"
         cfg.run_dir = _default_run_dir(name, hydra_node.job.num if hydra_node.mode == RunMode.MULTIRUN else None)
@@ -88,7 +101,23 @@ def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
         words = [word for word in hydra_node.overrides.task if not word.startswith(("run_dir=", "dry_run=", "resume="))]
         cfg.command = " ".join(words)
     OmegaConf.resolve(cfg)
+    for key in PATHS:
+        if isinstance(cfg.get(key), str):
+            _check_path(key, cfg[key])
     return cfg
+
+
+def _check_path(key: str, path: str) -> None:
+    """Refuse what no file system takes for the name of a file or folder."""
+    if not path.strip():
+        raise UserError(key, "must name a file or folder", show(path), f"Write {key}=NAME.")
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:  # too long, not permitted, a loop of links, a zero byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(key, "must be a path that can be looked at", show(path), f"{reason}.") from error
 
 
 def _default_run_dir(name: str, job: int | None) -> str:
@@ -116,6 +145,9 @@ def build(node: DictConfig | Mapping[str, Any] | None, **injected: Any) -> Any:
     if node is None:
         return None
     if isinstance(node, DictConfig):
+        if "_target_" not in node:
+            key = dot(node._get_full_key(None), "_target_")
+            raise UserError(key, "must name what to build", "nothing", f"Add {key}=NAME, or choose its group.")
         return _build(OmegaConf.to_container(node, resolve=True), node._get_full_key(None), injected)
     return _build(dict(node), "", injected)
 
@@ -131,15 +163,26 @@ def _build(value: Any, key: str, injected: Mapping[str, Any]) -> Any:
     target = locate(value["_target_"], dot(key, "_target_"))
     hints = parameters(target)
     keywords = {name: convert(item, hints.get(name)) for name, item in inner.items()}
-    if value.get("_partial_", False) and not injected:
-        # nothing bound: the function or class itself, which code may compare by identity
-        return functools.partial(target, **keywords) if keywords or isinstance(target, type) else target
+    later = value.get("_partial_", False) and not injected
     try:
-        return target(**keywords, **injected)
-    except UserError:
-        raise
+        if not later:
+            return target(**keywords, **injected)
+        if keywords and hasattr(target, "refuse"):
+            target.refuse(**keywords)
+    except UserError as error:
+        raise _in_node(error, key, hints) from error
     except ValueError as error:
         raise RefusedError(key or value["_target_"], str(error)) from error
+    # nothing bound: the function or class itself, which code may compare by identity
+    return functools.partial(target, **keywords) if keywords or isinstance(target, type) else target
+
+
+def _in_node(error: UserError, key: str, hints: Mapping[str, Any]) -> UserError:
+    """The error with the dotted key of its node in front, where it names parameters of the node's target."""
+    names = error.key.split(", ")
+    if not key or not all(re.split(r"[.\[]", name)[0] in hints for name in names):
+        return error
+    return UserError(", ".join(dot(key, name) for name in names), error.constraint, error.value, error.fix)
 
 
 class RefusedError(UserError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
@@ -14,9 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from .config_types import (
     arms,
     describe,
+    describe_call,
     did_you_mean,
     dot,
     example,
+    fits_call,
     fits_scalar,
     fixed_length,
     form,
@@ -38,7 +41,7 @@ def check(cfg: DictConfig | Mapping[str, Any], function: Callable[..., Any]) -> 
     values that do not fit the annotation of their parameter, targets that do not exist or are not allowed.
     """
     plain = cast("dict[str, Any]", OmegaConf.to_container(cfg) if isinstance(cfg, DictConfig) else cfg)
-    _check_keywords(plain, function, "", complete=True)
+    check_keywords(plain, function, "", complete=True)
 
 
 def is_node(value: Any) -> bool:
@@ -87,7 +90,8 @@ def _names(thing: Any) -> list[str]:
     return [*dir(thing), *(info.name for info in pkgutil.iter_modules(getattr(thing, "__path__", [])))]
 
 
-def _check_keywords(values: Mapping[str, Any], function: Callable[..., Any], key: str, complete: bool) -> None:
+def check_keywords(values: Mapping[str, Any], function: Callable[..., Any], key: str, complete: bool = True) -> None:
+    """As `check` for keywords that stand under the dotted `key`. complete: all required ones must be there."""
     signature: Mapping[str, inspect.Parameter] = {}
     try:
         signature = inspect.signature(function).parameters
@@ -119,10 +123,15 @@ def _check_value(value: Any, hint: Any, key: str) -> None:
         if not any(takes_node(arm, target, partial) for arm in arms(hint)):
             given = f"a node with _target_ {value['_target_']}"
             raise UserError(key, f"must be {describe(hint)}", given, example(hint, key))
-        _check_keywords(value, target, key, complete=not partial)
+        if not any(fits_call(arm, target, partial, value.keys() - set(NODE_WORDS)) for arm in arms(hint)):
+            given = f"{value['_target_']}, which takes others"
+            raise UserError(key, f"must be a callable of ({describe_call(hint)})", given, example(hint, key))
+        check_keywords(value, target, key, complete=not partial)
         return
     if value == "???":
         raise UserError(key, "must be given", "nothing", f"Add {key}=VALUE.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(key, "must be finite", show(value), "Give a number that is.")
     arm = _matching_arm(value, hint, key)
     for inner, item, item_arm in _items(value, arm, key):
         _check_value(item, item_arm, inner)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
     from omegaconf import DictConfig
 
 PACKAGE = "diffdistill.configs"  # the folder configs/
 
 
 def groups() -> dict[str, list[str]]:
-    """Each config group and its options."""
-    found = {}
-    for folder in sorted(resources.files(PACKAGE).iterdir(), key=lambda entry: entry.name):
-        if folder.is_dir() and not folder.name.startswith(("_", ".")):
-            options = sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    """Each config group and its options; a group inside another has its path, distiller/pairs."""
+    return dict(_groups(resources.files(PACKAGE), ""))
+
+
+def _groups(folder: Traversable, prefix: str) -> Iterator[tuple[str, list[str]]]:
+    for inner in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if inner.is_dir() and not inner.name.startswith(("_", ".")):
+            options = sorted(entry.name[:-5] for entry in inner.iterdir() if entry.name.endswith(".yaml"))
             if options:
-                found[folder.name] = options
-    return found
+                yield f"{prefix}{inner.name}", options
+            yield from _groups(inner, f"{prefix}{inner.name}/")
 
 
 def text(name: str) -> str:

@@ -86,6 +86,32 @@ def takes_node(arm: Any, target: Any, partial: bool) -> bool:
     return issubclass(target, wanted)
 
 
+def fits_call(arm: Any, target: Any, partial: bool, keywords: Iterable[str]) -> bool:
+    """Whether what a node gives can be called with the arguments that Callable[[X, Y], Z] names; True for other arms.
+
+    Counted, and compared by class where both sides name one.
+    """
+    wanted = get_args(arm)[0] if get_origin(arm) is abc.Callable and get_args(arm) else ...
+    if wanted is ... or not isinstance(wanted, list) or (not partial and not inspect.isclass(target)):
+        return True
+    called = target if partial else target.__call__
+    free = dict.fromkeys(keywords) if partial else {}
+    try:
+        bound = inspect.signature(called).bind(*([None] if not partial else []), *wanted, **free).arguments
+    except TypeError:
+        return False
+    except ValueError:  # a compiled callable without a signature
+        return True
+    hints = parameters(called)
+    return all(_related(value, hints.get(name, Any)) for name, value in bound.items() if name not in free)
+
+
+def _related(one: Any, other: Any) -> bool:
+    """Whether a value of one class may be one of the other; True where either is no plain class."""
+    classes = [c for c in (one, other) if inspect.isclass(c) and c is not Any and not getattr(c, "_is_protocol", False)]
+    return len(classes) < 2 or issubclass(one, other) or issubclass(other, one)
+
+
 def item_hint(hint: Any, index: int = 0) -> Any:
     """The annotation of a container's values: of its item `index` for a tuple of fixed length."""
     for arm in arms(hint):
@@ -142,6 +168,12 @@ def describe(hint: Any) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
+def describe_call(hint: Any) -> str:
+    """The arguments of the first Callable[[X, Y], Z] among the alternatives."""
+    calls = [get_args(arm)[0] for arm in arms(hint) if get_origin(arm) is abc.Callable and get_args(arm)]
+    return ", ".join(getattr(one, "__name__", str(one)) for one in calls[0]) if calls else ""
+
+
 def example(hint: Any, key: str) -> str:
     """A fix for a value of the wrong type."""
     arm = next((arm for arm in arms(hint) if arm is not types.NoneType), types.NoneType)
@@ -162,7 +194,11 @@ def show(value: Any) -> str:
     """A value as the command line writes it, text in quotes."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    text = repr(value)
+    return short(repr(value))
+
+
+def short(text: str) -> str:
+    """At most 80 characters of a text."""
     return text if len(text) <= 80 else text[:77] + "..."
 
 

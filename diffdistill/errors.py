@@ -1,4 +1,13 @@
-"""The one exception for what a user can cause, and the one for a run that was told to stop."""
+"""The exception for what a user can cause, checks that raise it, and the one for a run that was told to stop."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class UserError(ValueError):
@@ -19,3 +28,39 @@ class Stopped(BaseException):
     def __init__(self, status: int) -> None:
         super().__init__(f"stopped, exit status {status}")
         self.status = status
+
+
+def require_positive(**values: float) -> None:
+    """Refuse the first of the named numbers that is not finite and > 0."""
+    for key, value in values.items():
+        if not 0 < value < float("inf"):
+            raise UserError(key, "must be finite" if value > 0 else "must be > 0", value, "Give a positive number.")
+
+
+def require_at_least(least: float, **values: float) -> None:
+    """Refuse the first of the named numbers that is not finite and >= least."""
+    for key, value in values.items():
+        if not least <= value < float("inf"):
+            raise UserError(key, f"must be >= {least}", value, "Raise it.")
+
+
+def refusing(refuse: Callable[..., None]) -> Callable[[_Function], _Function]:
+    """Decorator: `refuse` checks keyword arguments of a function at every call.
+
+    A configuration that binds them (`_partial_: true`) calls `function.refuse` at once, before any work.
+    """
+    names = inspect.signature(refuse).parameters
+
+    def decorated(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def checked(*args: Any, **keywords: Any) -> Any:
+            bound = signature.bind(*args, **keywords).arguments
+            refuse(**{name: value for name, value in bound.items() if name in names})
+            return function(*args, **keywords)
+
+        checked.refuse = refuse  # type: ignore[attr-defined]
+        return checked  # type: ignore[return-value]
+
+    return decorated

@@ -339,8 +339,9 @@ def test_build_makes_inner_nodes_tuples_and_paths():
 
 
 def test_build_puts_the_key_before_a_constructors_message():
-    cfg = OmegaConf.create({"d": {"p": [node(process={**EDM, "sigma": -1})]}})
-    with pytest.raises(UserError, match=r"^d\.p\[0\]\.process: sigma must be positive, got -1\. Give a larger one\.$"):
+    cfg = OmegaConf.create({"d": node(names=[node(process={**EDM, "sigma": -1})])})
+    wanted = r"^d\.names\[0\]\.process: sigma must be positive, got -1\. Give a larger one\.$"
+    with pytest.raises(UserError, match=wanted):
         build(cfg.d)
 
 
