@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from diffdistill import config_files
 from diffdistill.config import build, compose
+from diffdistill.config_types import did_you_mean
 from diffdistill.distillers.base import Phase
 from diffdistill.errors import UserError
 from diffdistill.networks.call import Pass, recorded_passes
@@ -49,8 +52,16 @@ def step(distillers: list[str], teachers: list[str], pairs: int, quick: bool, ou
     """
     if pairs < 2:
         raise UserError("pairs", "must be >= 2", pairs, "40 is a good number.")
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise UserError("out", "must name a file in an existing folder", out, "Make the folder first.")
+    if out is not None and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
+        raise UserError("out", "must name a file in an existing folder", out, "Make the folder, or name a file.")
+    for key, names, group in (("distillers", distillers, "distiller"), ("teachers", teachers, "networks")):
+        known = config_files.groups()[group]
+        if not names or (unknown := [name for name in names if name not in known]):
+            fix = did_you_mean(unknown[0], known) if names else f"Write '{key}=[{known[0]}]'."
+            raise UserError(key, f"must name options of the group {group}", names, fix)
+    for teacher in teachers:
+        for distiller in distillers:  # a pair that does not fit is told before any is timed
+            assemble(_settings(distiller, teacher, quick), "meta")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     results, console = [], Console()
@@ -73,10 +84,7 @@ def step(distillers: list[str], teachers: list[str], pairs: int, quick: bool, ou
 
 
 def _one(distiller: str, teacher: str, pairs: int, quick: bool) -> dict[str, Any]:
-    overrides = ["experiment=none", f"networks={teacher}", f"distiller={distiller}", "evaluation=none", "run_dir=none"]
-    if quick:
-        overrides.append(f"trainer.batch_size={QUICK['batch_size']}")
-    settings = compose("train", [f"data={_data_of(teacher)}", *overrides])
+    settings = _settings(distiller, teacher, quick)
     recipe, trainer = assemble(settings), build(settings.trainer)
     bench = _Bench(recipe, trainer)
     cycle = _period(recipe.distiller.phases)
@@ -107,6 +115,13 @@ def _one(distiller: str, teacher: str, pairs: int, quick: bool) -> dict[str, Any
         "ratio": whole / total,
         "null_ratio": null,
     }
+
+
+def _settings(distiller: str, teacher: str, quick: bool) -> DictConfig:
+    overrides = ["experiment=none", f"networks={teacher}", f"distiller={distiller}", "evaluation=none", "run_dir=none"]
+    if quick:
+        overrides.append(f"trainer.batch_size={QUICK['batch_size']}")
+    return compose("train", [f"data={_data_of(teacher)}", *overrides])
 
 
 class _Bench:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
+from diffdistill.errors import require_positive
 from diffdistill.evaluation.features import FeatureNetwork, load_features
 from diffdistill.evaluation.metrics import Reference
-from diffdistill.networks.exact import circle
+from diffdistill.networks.exact import check_rows, circle
 from diffdistill.rng import Rng
 
 
@@ -86,11 +87,11 @@ def uniform_classes(rng: Rng, num_classes: int) -> Cond:
 class Digits:
     """The scans, in epochs: every sample once per epoch, in an order that depends on the seed and the epoch alone."""
 
-    name: str = "digits"
-    shape: tuple[int, ...] = (1, 8, 8)
-    num_classes: int = 10
-    provides: frozenset[str] = frozenset({"x0"})
-    source: Source = SCANS
+    name: str = field(default="digits", init=False)
+    shape: tuple[int, ...] = field(default=(1, 8, 8), init=False)
+    num_classes: int = field(default=10, init=False)
+    provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
+    source: Source = field(default=SCANS, init=False)
 
     @cached_property
     def _scans(self) -> tuple[Tensor, Tensor]:
@@ -135,10 +136,14 @@ class Mixture2D:
     num_modes: int = 8
     radius: float = 1.0
     std: float = 0.05
-    name: str = "gmm2d"
-    shape: tuple[int, ...] = (2,)
-    provides: frozenset[str] = frozenset({"x0"})
-    source: Source = PROCEDURAL
+    name: str = field(default="gmm2d", init=False)
+    shape: tuple[int, ...] = field(default=(2,), init=False)
+    provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
+    source: Source = field(default=PROCEDURAL, init=False)
+
+    def __post_init__(self) -> None:
+        circle(self.num_modes, self.radius)
+        require_positive(std=self.std)
 
     @property
     def num_classes(self) -> int:
@@ -172,9 +177,12 @@ class GaussianData:
 
     mean: Sequence[Sequence[float]] = ((0.7,),)
     std: Sequence[Sequence[float]] = ((1.3,),)
-    name: str = "gauss"
-    provides: frozenset[str] = frozenset({"x0"})
-    source: Source = PROCEDURAL
+    name: str = field(default="gauss", init=False)
+    provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
+    source: Source = field(default=PROCEDURAL, init=False)
+
+    def __post_init__(self) -> None:
+        check_rows(self.mean, self.std)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_positive
 from diffdistill.process import NoiseProcess
 
 # (t, process) -> weight [B] of the squared x0 error
@@ -29,6 +29,9 @@ class EDMWeight:
     """alpha^2/sigma^2 + 1/sigma_data^2: unit weight on EDM's raw output. Karras et al. 2022, arXiv:2206.00364."""
 
     sigma_data: float
+
+    def __post_init__(self) -> None:
+        require_positive(sigma_data=self.sigma_data)
 
     def __call__(self, t: Tensor, process: NoiseProcess) -> Tensor:
         alpha, sigma = process.alpha_sigma(t)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.autodiff import jvp
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_positive
 
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
@@ -160,6 +160,15 @@ class EDM(NoiseProcess):
     t_min: float = 0.002
     t_max: float = 80.0
 
+    @classmethod
+    def between(cls, sigma_min: float, sigma_max: float) -> EDM:
+        """The process of a network that was trained on noise levels sigma_min to sigma_max."""
+        if not 0 < sigma_min < sigma_max < float("inf"):
+            raise UserError(
+                "sigma_min, sigma_max", "must satisfy 0 < sigma_min < sigma_max", (sigma_min, sigma_max), "Mend them."
+            )
+        return cls(sigma_min, sigma_max)
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
 
@@ -174,6 +183,11 @@ class RectifiedFlow(NoiseProcess):
 
     t_min: float = 0.0
     t_max: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.t_max > 1:
+            raise UserError("t_max", "must be <= 1", self.t_max, "There alpha is 0.")
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
@@ -190,6 +204,12 @@ class Trig(NoiseProcess):
     t_min: float = 0.0
     t_max: float = float(np.pi / 2)
     sigma_data: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(sigma_data=self.sigma_data)
+        if self.t_max > float(np.pi / 2):
+            raise UserError("t_max", "must be <= pi/2", self.t_max, "There alpha is 0.")
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cos(t), self.sigma_data * torch.sin(t)
@@ -212,6 +232,14 @@ class VP(NoiseProcess):
     beta_end: float = 0.02
     schedule: Literal["linear", "scaled_linear"] = "linear"
     num_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            betas = (self.beta_start, self.beta_end)
+            raise UserError("beta_start, beta_end", "must satisfy 0 < beta_start <= beta_end < 1", betas, "Mend them.")
+        if not self.t_max <= self.num_steps - 1:
+            raise UserError("t_max", f"must be <= num_steps - 1 = {self.num_steps - 1}", self.t_max, "Lower it.")
 
     @cached_property
     def log_alpha_bar(self) -> Tensor:
@@ -301,6 +329,9 @@ class F(Kind):
 
     sigma_data: float = 0.5
 
+    def __post_init__(self) -> None:
+        require_positive(sigma_data=self.sigma_data)
+
     def row(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = process.alpha_sigma(t)
         q = torch.hypot(alpha * self.sigma_data, sigma)
@@ -322,6 +353,9 @@ class BoundaryF(Kind):
     sigma_data: float = 0.5
     sigma_min: float = 0.002
     ends_at_t_min: bool = True
+
+    def __post_init__(self) -> None:
+        require_positive(sigma_data=self.sigma_data, sigma_min=self.sigma_min)
 
     def row(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
         level, above, square = self._levels(process, t)

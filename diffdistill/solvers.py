@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, refusing, require_positive
 from diffdistill.process import VELOCITY, VP, X0, NoiseProcess, expand
 from diffdistill.rng import Rng
 
+MAX_STEPS = 10_000  # more is a slip of the keyboard
 Solver = Callable[[Denoiser, Tensor, Tensor, Tensor, Cond], Tensor]
 Grid = Callable[[NoiseProcess, int], tuple[float, ...]]  # (process, num_steps) -> num_steps + 1 decreasing times
 
@@ -87,6 +88,7 @@ class DPMpp2M:
         return process.jump(x_t, target, t, s)
 
 
+@refusing(lambda rho=7.0: require_positive(rho=rho))
 def karras(process: NoiseProcess, num_steps: int, rho: float = 7.0) -> tuple[float, ...]:
     """Karras et al.'s grid on the noise-to-signal ratio: num_steps + 1 decreasing times, t_max to t_min.
 
@@ -96,15 +98,22 @@ def karras(process: NoiseProcess, num_steps: int, rho: float = 7.0) -> tuple[flo
     if ends[0] > 1e8 or ends[1] <= 0:
         raise UserError(
             "grid",
-            "karras needs finite noise-to-signal ratios > 0 at both ends",
-            tuple(ends),
-            "Use uniform or logit_normal.",
+            "karras needs finite noise-to-signal ratios > 0 at both ends of the process",
+            tuple(ends.tolist()),
+            "Mend them, or use uniform or logit_normal.",
         )
     high, low = ends ** (1 / rho)
     levels = torch.from_numpy(np.linspace(high, low, num_steps + 1) ** rho)
     return _ends_exact(process, process.time_at(torch.atan(levels)).tolist())
 
 
+def _refuse_levels(num_levels: int = 40, rho: float = 7.0) -> None:
+    if not 2 <= num_levels <= MAX_STEPS:
+        raise UserError("num_levels", f"must lie in 2..{MAX_STEPS}", num_levels, "40 is diffusers' own.")
+    require_positive(rho=rho)
+
+
+@refusing(_refuse_levels)
 def karras_few(process: NoiseProcess, num_steps: int, num_levels: int = 40, rho: float = 7.0) -> tuple[float, ...]:
     """num_steps decreasing times for a few-step student: equal strides from t_max over a Karras grid of num_levels.
 
@@ -121,6 +130,7 @@ def uniform(process: NoiseProcess, num_steps: int) -> tuple[float, ...]:
     return _ends_exact(process, np.linspace(process.t_max, process.t_min, num_steps + 1).tolist())
 
 
+@refusing(lambda mean=0.0, std=1.0: require_positive(std=std))
 def logit_normal(process: NoiseProcess, num_steps: int, mean: float = 0.0, std: float = 1.0) -> tuple[float, ...]:
     """Quantiles of a logit-normal law of t on [t_min, t_max]: num_steps + 1 decreasing times.
 
@@ -189,8 +199,8 @@ class OdeSampler:
 
 def ode_sampler(denoiser: Denoiser, solver: Solver, grid: Grid, num_steps: int) -> OdeSampler:
     """The sampler with num_steps steps of `solver` over `grid`, on the denoiser's own time range."""
-    if num_steps < 1:
-        raise UserError("sampler.num_steps", "must be >= 1", num_steps, "18 is a good number for Heun.")
+    if not 1 <= num_steps <= MAX_STEPS:
+        raise UserError("sampler.num_steps", f"must lie in 1..{MAX_STEPS}", num_steps, "18 is a good number for Heun.")
     return OdeSampler(denoiser, solver, grid(denoiser.process, num_steps), grid)
 
 

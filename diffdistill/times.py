@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_positive
 from diffdistill.process import NoiseProcess
 from diffdistill.rng import Rng
 from diffdistill.solvers import karras
 
+MAX_TIMES = 1_000_000  # of a grid that is made at every draw
 TimeLaw = Callable[[Rng, NoiseProcess, torch.dtype], Tensor]
 
 
@@ -24,8 +25,7 @@ class LogNormal:
     std: float
 
     def __post_init__(self) -> None:
-        if self.std <= 0:
-            raise UserError("std", "must be > 0", self.std, "Give a positive standard deviation.")
+        require_positive(std=self.std)
 
     def __call__(self, rng: Rng, process: NoiseProcess, dtype: torch.dtype) -> Tensor:
         level = torch.exp(self.mean + self.std * rng.normal((len(rng),), dtype))
@@ -61,8 +61,9 @@ class KarrasIndex:
 
     def __post_init__(self) -> None:
         _check_share(self.low, self.high)
-        if self.num_times < 2:
-            raise UserError("num_times", "must be >= 2", self.num_times, "The paper uses 1000.")
+        if not 2 <= self.num_times <= MAX_TIMES:
+            raise UserError("num_times", f"must lie in 2..{MAX_TIMES}", self.num_times, "The paper uses 1000.")
+        require_positive(rho=self.rho)
 
     def __call__(self, rng: Rng, process: NoiseProcess, dtype: torch.dtype) -> Tensor:
         grid = torch.tensor(karras(process, self.num_times - 1, self.rho)[::-1], dtype=dtype, device=rng.device)

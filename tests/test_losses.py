@@ -7,8 +7,8 @@ import torch
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.losses import (
-    PseudoHuber,
     EDMWeight,
+    PseudoHuber,
     denoising,
     gan_discriminator,
     gan_generator,

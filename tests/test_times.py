@@ -85,5 +85,5 @@ def test_impossible_laws_are_refused():
             UniformTime(low, high)
         with pytest.raises(UserError, match="must satisfy 0 <= low < high <= 1"):
             KarrasIndex(low, high)
-    with pytest.raises(UserError, match="num_times must be >= 2, got 1"):
+    with pytest.raises(UserError, match="num_times must lie in 2..1000000, got 1"):
         KarrasIndex(num_times=1)

@@ -42,7 +42,7 @@ class Denoising(Distiller):
     @classmethod
     def needs(cls, null_share: float = 0.0, **hyperparameters: Any) -> frozenset[str]:
         if not 0 <= null_share < 1:
-            raise UserError("null_share", "must lie in [0, 1)", null_share, "Typical: 0.1.")
+            raise UserError("distiller.null_share", "must lie in [0, 1)", null_share, "Typical: 0.1.")
         return frozenset({"x0", "null"} if null_share else {"x0"})
 
     @classmethod

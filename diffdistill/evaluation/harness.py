@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.data import Data
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_at_least
 from diffdistill.rng import Rng
 from diffdistill.solvers import Sampler
 
@@ -47,11 +47,14 @@ class Evaluation:
     prdc_space: Literal["values", "features"] = "values"
 
     def __post_init__(self) -> None:
-        for key in ("num_samples", "interim_samples", "batch_size", "replicates"):
-            if getattr(self, key) < 1:
-                raise UserError(f"evaluation.{key}", "must be >= 1", getattr(self, key), "Raise it.")
-        if self.every < 0:
-            raise UserError("evaluation.every", "must be >= 0", self.every, "0 evaluates at the end only.")
+        require_at_least(
+            1,
+            num_samples=self.num_samples,
+            interim_samples=self.interim_samples,
+            batch_size=self.batch_size,
+            replicates=self.replicates,
+        )
+        require_at_least(0, every=self.every, seed=self.seed)
 
     def names(self, data: Data) -> tuple[str, ...]:
         """The metrics to measure on this data."""

@@ -73,8 +73,8 @@ def check_metrics(
         elif name == "kid":
             smallest = 2
         if num_samples < smallest:
-            raise UserError("num_samples", f"must be at least {smallest} for the metric {name}", num_samples,
-                            f"Raise it, or leave {name} out.")  # fmt: skip
+            raise UserError(key.replace("metrics", "num_samples"), f"must be at least {smallest} for the metric {name}",
+                            num_samples, f"Raise it, or leave {name} out.")  # fmt: skip
 
 
 def measure(

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffdistill.config_check import check_keywords
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
-from diffdistill.networks.files import resolve
+from diffdistill.networks.files import quiet_diffusers, resolve, seeded
 from diffdistill.networks.tamed import tame_time
 from diffdistill.process import EDM, BoundaryF
 
@@ -28,10 +31,12 @@ class UNet2D(nn.Module):
     def __init__(self, unet: Any, sigma_data: float, sigma_min: float, sigma_max: float, has_null: bool) -> None:
         super().__init__()
         self.unet = unet
-        self.process = EDM(sigma_min, sigma_max)
+        self.process = EDM.between(sigma_min, sigma_max)
         self.kind = BoundaryF(sigma_data, sigma_min)
         self.embedding_width = unet.time_embedding.linear_1.out_features
         self.num_classes = int(unet.config.num_class_embeds or 0)
+        if has_null and not self.num_classes:
+            raise UserError("has_null", "must be false for a network without classes", has_null, "Set it to false.")
         self.null: Cond | None = {"label": torch.tensor([self.num_classes - 1])} if has_null else None
 
     @property
@@ -56,15 +61,18 @@ def unet2d_from_config(
     """A UNet2DModel with random weights. config: its keyword arguments; num_class_embeds counts the null row."""
     from diffusers import UNet2DModel
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    keywords = {key: _plain(value) for key, value in config.items()}
+    check_keywords(keywords, UNet2DModel, "config")
+    for key in _COUNTS & keywords.keys():
+        counts = keywords[key] if isinstance(keywords[key], list) else [keywords[key]]
+        if counts != [None] and min(counts, default=0) < 1:
+            raise UserError(f"config.{key}", "must be >= 1", keywords[key], "Raise it.")
+    with seeded(seed):
         try:
-            unet = UNet2DModel(**{key: _plain(value) for key, value in config.items()})
-        except (TypeError, ValueError) as error:
-            raise UserError("networks.config", "must build a diffusers UNet2DModel", error, "Mend its keys.") from error
-    if tame:
-        tame_time(unet, fastest=1 / 250)
-    return UNet2D(unet, sigma_data, sigma_min, sigma_max, has_null=bool(unet.config.num_class_embeds))
+            unet = UNet2DModel(**keywords)
+        except Exception as error:  # diffusers leaves most of its keywords unchecked
+            raise UserError("config", "must build a diffusers UNet2DModel", repr(error), "Mend its keys.") from error
+    return _network(unet, sigma_data, sigma_min, sigma_max, bool(unet.config.num_class_embeds), tame)
 
 
 def unet2d(path: str, sigma_data: float, sigma_min: float, sigma_max: float, has_null: bool, tame: bool) -> UNet2D:
@@ -75,17 +83,36 @@ def unet2d(path: str, sigma_data: float, sigma_min: float, sigma_max: float, has
     """
     from diffusers import UNet2DModel
 
+    place = resolve(path)
+    if not Path(place).is_dir() and not _HUB_ID.fullmatch(str(place)):
+        raise UserError("path", "must be a folder, asset:NAME or a hub id OWNER/NAME", repr(path), "Name one.")
     try:
-        if torch.get_default_device().type == "meta":  # dry run: shapes only
-            unet = UNet2DModel.from_config(UNet2DModel.load_config(str(resolve(path))))
-        else:
-            unet = UNet2DModel.from_pretrained(str(resolve(path)), use_safetensors=True)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError("networks.path", "must hold a diffusers UNet2DModel", path, first) from error
+        with quiet_diffusers():
+            if torch.get_default_device().type == "meta":  # dry run: shapes only
+                unet = UNet2DModel.from_config(UNet2DModel.load_config(str(place)))
+            else:
+                unet = UNet2DModel.from_pretrained(str(place), use_safetensors=True)
+    except Exception as error:  # whatever a folder or the hub may hold
+        raise UserError("path", "must hold a diffusers UNet2DModel", repr(path), _first_line(error)) from error
+    return _network(unet, sigma_data, sigma_min, sigma_max, has_null, tame)
+
+
+# sizes of which none makes no network; diffusers would take some of them
+_COUNTS = {
+    "sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups",
+    "num_class_embeds", "attention_head_dim",
+}  # fmt: skip
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _network(unet: Any, sigma_data: float, sigma_min: float, sigma_max: float, has_null: bool, tame: bool) -> UNet2D:
     if tame:
         tame_time(unet, fastest=1 / 250)
     return UNet2D(unet, sigma_data, sigma_min, sigma_max, has_null)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _plain(value: Any) -> Any:

@@ -35,7 +35,7 @@ class Power:
     gamma: float
 
     def __post_init__(self) -> None:
-        if self.gamma <= 0:
+        if not 0 < self.gamma < float("inf"):
             raise UserError("gamma", "must be > 0", self.gamma, "EDM2 uses 6.94 (horizon 10%) and 16.97 (5%).")
 
     def __call__(self, update: int) -> float:

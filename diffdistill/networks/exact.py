@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_positive
 from diffdistill.process import VELOCITY, X0, X0_AT_T_MIN, BoundaryF, F, Kind, NoiseProcess, expand
 
+MAX_MODES = 1000
 Form = Literal["denoiser", "flow_map", "flow_map_f", "average", "generator", "signal"]
 
 
@@ -54,13 +55,12 @@ class Gaussian(_Analytic):
         std: Sequence[Sequence[float]],
         trainable: bool = False,
         form: Form = "denoiser",
-        dtype: str = "float64",
+        dtype: Literal["float32", "float64"] = "float64",
     ) -> None:
         super().__init__()
+        check_rows(mean, std)
         means = torch.tensor([list(row) for row in mean], dtype=getattr(torch, dtype))
         stds = torch.tensor([list(row) for row in std], dtype=getattr(torch, dtype))
-        if means.shape != stds.shape or means.ndim != 2 or not (stds > 0).all():
-            raise UserError("networks.std", "must be positive and shaped like mean", stds.tolist(), "Mend the lists.")
         self.process, self.closed_form, self.form = process, not trainable, form
         self.mean, self.std = nn.Parameter(means, trainable), nn.Parameter(stds, trainable)
         rows = means.shape[0]
@@ -140,6 +140,14 @@ class Gaussian(_Analytic):
         return mean * (1 - rest * q / q_p) + gain * z
 
 
+def check_rows(mean: Sequence[Sequence[float]], std: Sequence[Sequence[float]]) -> None:
+    """Refuse means and standard deviations that are not lists of rows [rows][dim] of one shape, std positive."""
+    if not mean or not mean[0] or any(len(row) != len(mean[0]) for row in mean):
+        raise UserError("mean", "must hold rows of equal length >= 1", list(mean), "Write it as [[A,B],[C,D]].")
+    if [len(row) for row in std] != [len(row) for row in mean] or not all(value > 0 for row in std for value in row):
+        raise UserError("std", "must be positive and shaped like mean", list(std), "Mend the lists.")
+
+
 class Mixture(_Analytic):
     """Equal-weight isotropic Gaussians; a class is one of them, the null condition the whole mixture.
 
@@ -151,6 +159,7 @@ class Mixture(_Analytic):
 
     def __init__(self, process: NoiseProcess, centres: Sequence[Sequence[float]], std: float) -> None:
         super().__init__()
+        require_positive(std=std)
         self.process, self.kind = process, X0
         self.register_buffer("centres", torch.tensor([list(row) for row in centres], dtype=torch.float64))
         self.std, self.dim = std, len(centres[0])
@@ -171,8 +180,11 @@ class Mixture(_Analytic):
 
 
 def circle(num_modes: int = 8, radius: float = 1.0) -> list[list[float]]:
-    """Centres of equal modes on a circle."""
-    angles = torch.arange(num_modes, dtype=torch.float64) * (2 * torch.pi / num_modes)
+    """Centres of equal modes on a circle; UserError for more modes than anyone draws, or fewer than one."""
+    if not 1 <= num_modes <= MAX_MODES:
+        raise UserError("num_modes", f"must lie in 1..{MAX_MODES}", num_modes, "8 is a good number.")
+    require_positive(radius=radius)
+    angles = torch.arange(num_modes, dtype=torch.float64, device="cpu") * (2 * torch.pi / num_modes)
     return torch.stack([radius * angles.cos(), radius * angles.sin()], -1).tolist()
 
 

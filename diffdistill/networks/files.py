@@ -1,8 +1,14 @@
-"""Where weights lie: folders, hub ids and the shipped assets."""
+"""Where weights come from: folders, hub ids and the shipped assets, or a seed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+
+from diffdistill.errors import UserError
 
 
 def resolve(path: str) -> str | Path:
@@ -10,3 +16,29 @@ def resolve(path: str) -> str | Path:
     if path.startswith("asset:"):
         return Path(__file__).parents[1] / "assets" / path.removeprefix("asset:")
     return path
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Within the context torch's own draws start at `seed`; afterwards they go on as if nothing had been drawn."""
+    if not 0 <= seed < 2**63:
+        raise UserError("seed", "must lie in 0..2^63 - 1", seed, "0 is a good seed.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Within the context diffusers draws no progress bars and prints no log: what is wrong is told as an exception."""
+    from diffusers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_positive
 from diffdistill.networks.call import current_call
 from diffdistill.networks.inputs import EmbeddingWithInputs
 from diffdistill.networks.tamed import TamedLinear
@@ -32,7 +32,14 @@ class LoraSpec:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UserError("lora.rank", "must be >= 1", self.rank, "Typical values: 8 to 128.")
+            raise UserError("rank", "must be >= 1", self.rank, "Typical values: 8 to 128.")
+        require_positive(alpha=self.alpha)
+        for target in self.targets or ():
+            try:
+                re.compile(target)
+            except re.error as error:
+                fix = f"{str(error).capitalize()}."
+                raise UserError("targets", "must be regular expressions", repr(target), fix) from error
 
 
 class LoraLayer(nn.Module):

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
-from diffdistill.errors import UserError
-from diffdistill.networks.files import resolve
+from diffdistill.errors import UserError, require_at_least
+from diffdistill.networks.files import resolve, seeded
 from diffdistill.networks.inputs import sinusoid
 from diffdistill.process import EDM, F
+
+MAX_DEPTH = 1000
 
 
 class Block(nn.Module):
@@ -67,11 +70,18 @@ class Mlp(nn.Module):
         num_classes: int,
     ) -> None:
         super().__init__()
+        require_at_least(1, dim=dim)
+        require_at_least(0, num_classes=num_classes)
+        if width < 2 or width % 2:
+            raise UserError("width", "must be even and >= 2", width, "Half of the time features are sines.")
+        if not 1 <= depth <= MAX_DEPTH:
+            raise UserError("depth", f"must lie in 1..{MAX_DEPTH}", depth, "3 is a good number.")
         self.config: dict[str, Any] = {
             "sigma_data": sigma_data, "sigma_min": sigma_min, "sigma_max": sigma_max,
             "dim": dim, "width": width, "depth": depth, "num_classes": num_classes,
         }  # fmt: skip
-        self.process, self.kind, self.sigma_data = EDM(sigma_min, sigma_max), F(sigma_data), sigma_data
+        self.process, self.kind = EDM.between(sigma_min, sigma_max), F(sigma_data)
+        self.sigma_data = sigma_data
         self.embedding_width = width
         self.inlet = nn.Linear(dim, width)
         self.time_embedding = TimeEmbedding(width)
@@ -112,17 +122,19 @@ def mlp_from_config(
     sigma_data: float, sigma_min: float, sigma_max: float, dim: int, width: int, depth: int, num_classes: int, seed: int
 ) -> Mlp:
     """An Mlp with random weights."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return Mlp(sigma_data, sigma_min, sigma_max, dim, width, depth, num_classes)
 
 
 def mlp(path: str) -> Mlp:
     """A trained Mlp. path: a folder that `save` wrote, or `asset:<name>` for a shipped one."""
     folder = Path(resolve(path))
-    if not (folder / "config.json").is_file():
-        raise UserError("networks.path", "must hold config.json and model.safetensors", path, "Name such a folder.")
-    network = Mlp(**json.loads((folder / "config.json").read_text()))
-    if torch.get_default_device().type != "meta":
-        network.load_state_dict(load_file(folder / "model.safetensors"))
+    if not all((folder / name).is_file() for name in ("config.json", "model.safetensors")):
+        raise UserError("path", "must hold config.json and model.safetensors", repr(path), "Name such a folder.")
+    try:
+        network = Mlp(**json.loads((folder / "config.json").read_text()))
+        if torch.get_default_device().type != "meta":
+            network.load_state_dict(load_file(folder / "model.safetensors"))
+    except (ValueError, TypeError, RuntimeError, SafetensorError, OSError) as error:
+        raise UserError("path", "must hold the two files that saving wrote", repr(path), f"{error}.") from error
     return network

@@ -198,7 +198,7 @@ def test_equal_seeds_give_equal_weights():
 
 
 def test_a_folder_without_a_unet_and_a_config_with_an_unknown_key_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"networks.path must hold a diffusers UNet2DModel"):
+    with pytest.raises(UserError, match=r"path must hold a diffusers UNet2DModel"):
         unet2d(str(tmp_path), 0.5, 0.002, 20.0, has_null=True, tame=False)
-    with pytest.raises(UserError, match=r"networks.config must build a diffusers UNet2DModel"):
+    with pytest.raises(UserError, match=r"config.depth is not a key of UNet2DModel"):
         tiny(depth=3)

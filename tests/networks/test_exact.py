@@ -184,5 +184,5 @@ def test_the_toy_data_is_a_draw_from_the_exact_law():
 
 @pytest.mark.parametrize(("mean", "std"), [([[0.0, 1.0]], [[1.0]]), ([[0.0]], [[0.0]]), ([[0.0]], [[-1.0]])])
 def test_impossible_laws_are_refused(mean, std):
-    with pytest.raises(UserError, match=r"networks.std must be positive and shaped like mean"):
+    with pytest.raises(UserError, match=r"std must be positive and shaped like mean"):
         Gaussian(EDM(), mean, std)

@@ -154,7 +154,7 @@ def test_targets_that_match_nothing_are_refused_with_names_that_exist():
 
 
 def test_a_rank_below_one_is_refused():
-    with pytest.raises(UserError, match="lora.rank must be >= 1, got 0"):
+    with pytest.raises(UserError, match="rank must be >= 1, got 0"):
         LoraSpec(rank=0)
 
 

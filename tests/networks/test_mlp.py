@@ -65,5 +65,5 @@ def test_a_saved_network_comes_back_bit_for_bit(tmp_path):
 
 
 def test_a_folder_without_a_network_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"networks.path must hold config.json and model.safetensors"):
+    with pytest.raises(UserError, match=r"path must hold config.json and model.safetensors"):
         mlp(str(tmp_path))

@@ -106,7 +106,7 @@ class DMD2(Distiller):
     def needs(cls, gan_weight: float = 0.0, critic_gan_weight: float = 0.0, **hyperparameters: Any) -> frozenset[str]:
         if min(gan_weight, critic_gan_weight) < 0 or (gan_weight > 0) != (critic_gan_weight > 0):
             raise UserError(
-                "gan_weight, critic_gan_weight",
+                "distiller.gan_weight, distiller.critic_gan_weight",
                 "must both be > 0 (GAN) or both 0 (no GAN)",
                 (gan_weight, critic_gan_weight),
                 "The paper uses 3e-3 and 1e-2.",
