@@ -107,22 +107,27 @@ def karras(process: NoiseProcess, num_steps: int, rho: float = 7.0) -> tuple[flo
     return _ends_exact(process, process.time_at(torch.atan(levels)).tolist())
 
 
-def _refuse_levels(num_levels: int = 40, rho: float = 7.0) -> None:
-    if not 2 <= num_levels <= MAX_STEPS:
-        raise UserError("num_levels", f"must lie in 2..{MAX_STEPS}", num_levels, "40 is diffusers' own.")
+def _refuse_levels(last: int = 1, num_levels: int = 40, rho: float = 7.0) -> None:
+    if not 3 <= num_levels <= MAX_STEPS:
+        raise UserError("num_levels", f"must lie in 3..{MAX_STEPS}", num_levels, "40 is diffusers' own.")
+    if not 1 <= last < num_levels - 1:
+        raise UserError("last", f"must lie in 1..{num_levels - 2}", last, "24 is sigma .82 from 80.")
     require_positive(rho=rho)
 
 
 @refusing(_refuse_levels)
-def karras_few(process: NoiseProcess, num_steps: int, num_levels: int = 40, rho: float = 7.0) -> tuple[float, ...]:
-    """num_steps decreasing times for a few-step student: equal strides from t_max over a Karras grid of num_levels.
+def karras_few(
+    process: NoiseProcess, num_steps: int, last: int, num_levels: int = 40, rho: float = 7.0
+) -> tuple[float, ...]:
+    """num_steps decreasing times for a few-step student, from t_max to level `last` of a Karras grid of num_levels.
 
-    On the 40 levels of diffusers' CMStochasticIterativeScheduler every choice can be exported.
+    Level 0 is t_max; those between are equally spaced in level. On the 40 levels of diffusers'
+    CMStochasticIterativeScheduler every choice can be exported.
     """
-    if not 1 <= num_steps < num_levels:
-        raise UserError("steps", f"must lie in 1..{num_levels - 1}", num_steps, "Few-step students take 1 to 8.")
+    if not 1 <= num_steps <= last + 1:
+        raise UserError("steps", f"must lie in 1..{last + 1}", num_steps, "Few-step students take 1 to 8.")
     levels = karras(process, num_levels - 1, rho)
-    return tuple(levels[round(index * (num_levels - 1) / num_steps)] for index in range(num_steps))
+    return tuple(levels[round(index * last / max(1, num_steps - 1))] for index in range(num_steps))
 
 
 def uniform(process: NoiseProcess, num_steps: int) -> tuple[float, ...]:

@@ -69,7 +69,7 @@ def _fits(merged: Mapping[str, Any], verb: Any, key: str) -> None:
 def _check_order(part: Part, before: list[str]) -> None:
     for role, source in (part.settings["init"] or {}).items():
         kind, _, rest = str(source).partition(":")
-        if kind == "stage" and rest.partition("#")[0] not in before:
+        if kind == "stage" and rest.partition("@")[0] not in before:
             key = ".".join(filter(None, ["stages" if part.name else "", part.name, "init", str(role)]))
             fix = f"Before it: {', '.join(before)}." if before else "No stage is before it."
             raise UserError(key, "must name an earlier stage", source, fix)

@@ -15,14 +15,14 @@ Find = Callable[[str, str], Networks]  # (key, run:DIR or stage:NAME) -> network
 def warm_start(networks: Networks, init: Mapping[str, str], find: Find) -> None:
     """Give roles the weights of roles of the same name in other runs; on the meta device only the fit is checked.
 
-    init: role -> "run:DIR" or "stage:NAME", with "#ROLE" behind it for a role of another name. Weights are the other
+    init: role -> "run:DIR" or "stage:NAME", with "@ROLE" behind it for a role of another name. Weights are the other
     run's averages where it kept them. In copy mode an adapter of the source is merged; a lora role needs an equal
     adapter. Roles whose own `init` is this role follow it, and its averages begin again.
     Raises UserError if source or role do not exist or the weights do not fit.
     """
     for role, text in init.items():
         key = f"init.{role}"
-        where, _, other = text.partition("#")
+        where, _, other = text.partition("@")
         if where.partition(":")[0] not in ("run", "stage") or not where.partition(":")[2]:
             raise UserError(key, "must be run:DIR or stage:NAME", text, f"Write for example {key}=run:runs/x.")
         if role not in networks.owned:
@@ -35,7 +35,7 @@ def warm_start(networks: Networks, init: Mapping[str, str], find: Find) -> None:
 
 def _weights(key: str, source: Networks, role: str, mode: str | None) -> dict[str, Tensor]:
     if role not in source.owned:
-        fix = "Put #ROLE behind the folder for a role of another name."
+        fix = "Put @ROLE behind the folder for a role of another name."
         raise UserError(key, f"must name a run with the role {role}", list(source.owned), fix)
     if mode == "copy":
         return dict(source.standalone(role).state_dict())

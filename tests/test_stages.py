@@ -1,0 +1,198 @@
+"""Warm starts from other runs, and recipes of several stages in one configuration."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffdistill import checkpoint
+from diffdistill.cli import main
+from diffdistill.config import compose
+from diffdistill.recipe import assemble
+from diffdistill.saved_run import load_run
+from diffdistill.warm_start import warm_start
+
+BASE = ["train", "data=gmm2d", "trainer.batch_size=16", "trainer.log_every=1", "evaluation=none"]
+FIRST = [*BASE, "distiller=consistency", "trainer.steps=4"]
+SECOND = [*BASE, "distiller=dmd2", "trainer.steps=2", "trainer.optimizer.default.lr=1e-9"]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first") / "run"
+    assert main([*FIRST, f"run_dir={folder}"]) == 0
+    return folder
+
+
+def averaged(folder: Path, role: str = "student") -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in load_run(str(folder))[0].networks.state(role).items()}
+
+
+def far(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+def test_a_role_starts_from_the_averaged_weights_of_another_run(first: Path, tmp_path: Path) -> None:
+    words = [*SECOND, f"init.student=run:{first}", f"init.fake_score=run:{first}@student"]
+    assert main([*words, f"run_dir={tmp_path / 'second'}"]) == 0
+    source = averaged(first)
+    teacher = dict(assemble(compose("train", ["data=gmm2d", "run_dir=none"])).networks.teacher.state_dict())  # type: ignore[arg-type]
+    assert far(source, teacher) > 1e-4
+    for role in ("student", "fake_score"):
+        assert far(averaged(tmp_path / "second", role), source) < 1e-6
+
+
+def test_what_was_made_from_a_role_follows_it_and_averages_begin_there(first: Path) -> None:
+    settings = compose("train", ["data=gmm2d", "distiller=consistency", "run_dir=none"])
+    networks = assemble(settings).networks  # type: ignore[arg-type]
+    networks.track("student", lambda update: 0.9)
+    warm_start(networks, {"student": f"run:{first}"}, lambda key, where: load_run(where[4:])[0].networks)
+    source = averaged(first)
+    assert far(dict(networks.state("student")), source) == 0
+    assert far(dict(networks.state("student_ema")), source) == 0
+    tracked = zip(networks.averages()["student"].average, networks.weights("student"), strict=True)
+    assert all(torch.equal(average, weight) for average, weight in tracked)
+
+
+def test_an_adapter_is_merged_into_a_copy_and_taken_over_by_an_equal_adapter(tmp_path: Path) -> None:
+    lora = ["roles.student=lora", "lora.rank=3"]
+    assert main([*FIRST, *lora, f"run_dir={tmp_path / 'a'}"]) == 0
+    recipe, _ = load_run(str(tmp_path / "a"))
+    merged = {k: v.clone() for k, v in recipe.networks.standalone("student").state_dict().items()}
+    assert main([*SECOND, f"init.student=run:{tmp_path / 'a'}", f"run_dir={tmp_path / 'b'}"]) == 0
+    assert far(averaged(tmp_path / "b"), merged) < 1e-6
+    assert main([*SECOND, *lora, f"init.student=run:{tmp_path / 'a'}", f"run_dir={tmp_path / 'c'}"]) == 0
+    assert far(averaged(tmp_path / "c"), averaged(tmp_path / "a")) < 1e-6
+
+
+def test_the_run_that_goes_on_does_not_need_its_source(first: Path, tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "second"
+    shutil.copytree(first, source)
+    assert main([*SECOND, f"init.student=run:{source}", f"run_dir={folder}"]) == 0
+    (folder / "summary.json").unlink()
+    shutil.rmtree(source)
+    assert main(["train", f"run_dir={folder}", "resume=true"]) == 0
+    assert main(["sample", f"run={folder}", f"out={tmp_path / 'x.png'}", "num=4"]) == 0
+
+
+MISTAKES = {
+    "no run": ("init.student=run:nowhere", "init.student"),
+    "no kind": ("init.student=runs/x", "run:DIR"),
+    "no folder": ("init.student=run:", "run:DIR"),
+    "a role that is not there": ("init.studnt=run:{first}", "init.studnt"),
+    "a role that is not trained": ("init.target=run:{first}", "init.target"),
+    "a source without the role": ("init.fake_score=run:{first}", "fake_score"),
+    "a stage that is not there": ("init.student=stage:warm", "must name an earlier stage"),
+    "another mode": ("init.student=run:{first} roles.student=lora", "init.student"),
+    "another network": ("init.student=run:{first} data=digits", "init.student"),
+    "no text": ("init.student=3", "init.student"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_a_mistake_in_init_is_one_message_before_anything_is_written(
+    case: str, dry: str, first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, named = MISTAKES[case]
+    given = [*SECOND, *words.format(first=first).split(), f"run_dir={tmp_path / 'run'}", f"dry_run={dry}"]
+    if "data=digits" in given:
+        given.remove("data=gmm2d")
+    assert main(given) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert len(shown) == 1
+    assert named in shown[0]
+    assert not (tmp_path / "run").exists()
+
+
+# --- stages
+
+TWO = """
+# @package _global_
+defaults:
+  - /distiller@stages.warm.distiller: consistency
+  - /trainer@stages.warm.trainer: default
+  - override /data: gmm2d
+  - override /distiller: dmd2
+  - override /evaluation: none
+stages:
+  warm:
+    trainer: {steps: 4, batch_size: 16, log_every: 1, checkpoint_every: 2}
+trainer: {steps: 4, batch_size: 16, log_every: 1, checkpoint_every: 2, optimizer: {default: {lr: 1.0e-9}}}
+init:
+  student: stage:warm
+"""
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[str]:
+    (tmp_path / "configs" / "experiment").mkdir(parents=True)
+    (tmp_path / "configs" / "experiment" / "two.yaml").write_text(TWO)
+    return ["train", "experiment=two", "--config-dir", str(tmp_path / "configs")]
+
+
+def test_two_stages_in_one_configuration(two: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert main([*two, f"run_dir={folder}"]) == 0
+    warm = folder / "stages" / "warm"
+    assert json.loads((warm / "summary.json").read_text())["iterations"] == 4
+    assert far(averaged(folder), averaged(warm)) < 1e-6
+    assert main(["sample", f"run={folder}", f"out={tmp_path / 'x.png'}", "num=4"]) == 0
+
+
+@pytest.mark.parametrize("updates", [1, 3, 6, 8])
+def test_a_kill_in_any_stage_is_gone_on_from_bit_for_bit(
+    updates: int, two: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffdistill.trainer import Trainer
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main([*two, f"run_dir={whole}"]) == 0
+    original, count = Trainer.update, [0]
+
+    def update(self: Trainer, *args: Any) -> Any:
+        count[0] += 1
+        if count[0] > updates:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "update", update)
+        assert main([*two, f"run_dir={broken}"]) == 130
+    assert main([*two, f"run_dir={broken}", "resume=auto"]) == 0
+    for part in ("", "stages/warm"):
+        ours, theirs = (checkpoint.steps(folder / part / "checkpoints")[-1] for folder in (whole, broken))
+        for path in ours.glob("*.safetensors"):
+            a, b = load_file(path), load_file(theirs / path.name)
+            assert all(torch.equal(a[key], b[key]) for key in a), path
+
+
+STAGE_MISTAKES = [
+    ("+stages.warm.trainr=1", "stages.warm.trainr is not a key of a stage"),
+    ("stages.warm.trainer.steps=0", "steps must be >= 1"),
+    ("stages.warm.trainer.steps=often", "stages.warm.trainer.steps must be an integer"),
+    ("stages.warm.distiller.target_decay=2", "target_decay"),
+    ("init.student=stage:wrm", "must name an earlier stage"),
+    ("+stages.warm.init.student=stage:warm", "must name an earlier stage"),
+    ("+stages.late.trainer=3", "stages.late.trainer"),
+    ("+stages.late=3", "stages.late"),
+    ("stages=3", "stages must be"),
+    ("init.fake_score=stage:warm", "fake_score"),
+]
+
+
+@pytest.mark.parametrize(("word", "message"), STAGE_MISTAKES)
+def test_a_mistake_in_a_stage_is_told_before_the_first_begins(
+    word: str, message: str, two: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*two, word, f"run_dir={tmp_path / 'run'}"]) == 2
+    shown = capsys.readouterr().err.strip().splitlines()
+    assert len(shown) == 1
+    assert message in shown[0]
+    assert not (tmp_path / "run").exists()
