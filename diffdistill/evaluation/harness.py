@@ -132,21 +132,12 @@ def evaluate(
         data.features(),
         seed=evaluation.seed,
         replicates=evaluation.replicates,
+        prdc_space=evaluation.prdc_space,
     )
     figures |= measured
     if "latency" in names:
         figures["latency_ms"] = latency_ms(sampler, data, device, dtype)
     return figures, protocol
-
-
-def _measured(
-    samples: Tensor, labels: Tensor | None, data: Data, evaluation: Evaluation, names: Sequence[str]
-) -> tuple[dict[str, Any], Protocol]:
-    figures, protocol = measure(
-        samples, labels, data.reference(), names, data.features(),
-        seed=evaluation.seed, replicates=evaluation.replicates, prdc_space=evaluation.prdc_space,
-    )  # fmt: skip
-    return dict(figures), protocol
 
 
 def interim(evaluation: Evaluation) -> Evaluation:
@@ -195,8 +186,9 @@ def read_card(path: Path, weights_sha256: str, evaluation: Evaluation, data: Dat
     protocol = Protocol.from_json(card["protocol"])
     probe = torch.zeros(2, *data.shape)
     _, ours = measure(
-        probe, None, data.reference(), (), data.features(), seed=evaluation.seed, replicates=evaluation.replicates
-    )
+        probe, None, data.reference(), (), data.features(),
+        seed=evaluation.seed, replicates=evaluation.replicates, prdc_space=evaluation.prdc_space,
+    )  # fmt: skip
     require_same(protocol, replace(ours, num_samples=evaluation.num_samples))
     return dict(card["figures"])
 
