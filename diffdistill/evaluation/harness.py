@@ -18,20 +18,26 @@ from diffdistill.errors import UserError, require_at_least
 from diffdistill.rng import Rng
 from diffdistill.solvers import Sampler
 
-from .metrics import check_metrics, measure
+from . import prdc
+from .metrics import Reference, check_metrics, measure
 from .protocol import Protocol, require_same
 
 CARD_SCHEMA = 1
 ON_IMAGES = ("fd_pixel", "fd", "label_agreement", "prdc", "memorised", "latency", "nfe")
+ON_PIXELS = ("fd_pixel", "prdc", "memorised", "latency", "nfe")  # of images without a feature network
 ON_POINTS = ("swd", "prdc", "latency", "nfe")
+# Values per image up to which fd_pixel is measured unasked: there, 100 replicates of 2,000 samples take five minutes of
+# one core, beyond it their time grows with the third power and a distance of pixels says little.
+FD_PIXEL_VALUES = 1024
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """every: steps between evaluations in a run, 0 is only at the end.  num_samples, seed, batch_size: of the draw.
 
-    metrics: names, None is those that fit the data.  replicates: of the bootstrap.  teacher: where its figures come
-    from: `card` of the shipped weights (hash and protocol checked), `fresh` measures, `none` leaves them out.
+    metrics: names, None is those that fit the data (see `names`).  replicates: of the bootstrap.  teacher: where its
+    figures come from: `card` of the shipped weights (hash and protocol checked), `fresh` measures, `none` leaves them
+    out.
     prdc_space: whether prdc works on the values themselves or on features.
     interim_samples: samples of the evaluations before the last (fd_pixel reads higher on fewer).
     """
@@ -57,17 +63,49 @@ class Evaluation:
         require_at_least(0, every=self.every, seed=self.seed)
 
     def names(self, data: Data) -> tuple[str, ...]:
-        """The metrics to measure on this data."""
+        """The metrics to measure on this data: those given, or all that it has what they need for.
+
+        Left out unasked: what needs more reference samples than there are, and fd_pixel above 1,024 values per image.
+        """
         if self.metrics is not None:
             return self.metrics
-        return ON_IMAGES if len(data.shape) == 3 and data.features() is not None else ON_POINTS
+        if len(data.shape) != 3:
+            return ON_POINTS
+        reference = data.reference()
+        large = reference.data[0].numel() > FD_PIXEL_VALUES
+        names = ON_PIXELS if data.features() is None else ON_IMAGES
+        return tuple(
+            name for name in names if _shortfall(name, reference) is None and not (name == "fd_pixel" and large)
+        )
 
     def check(self, data: Data) -> None:
         """Refuse metrics that do not exist, do not fit the data or need more samples, before any work."""
-        names = self.names(data)
-        check_metrics(names, data.reference(), data.features(), self.num_samples, key="evaluation.metrics")
+        names, reference, features = self.names(data), data.reference(), data.features()
+        check_metrics(names, reference, features, self.num_samples, key="evaluation.metrics")
         if self.every:
-            check_metrics(names, data.reference(), data.features(), self.interim_samples, key="evaluation.metrics")
+            check_metrics(names, reference, features, self.interim_samples, key="evaluation.metrics")
+        for name in names:
+            if (lack := _shortfall(name, reference)) is not None:
+                raise UserError("evaluation.metrics", f"must fit the data set: {name} needs {lack}", name,
+                                "Leave it out, or measure against more data.")  # fmt: skip
+        if self.prdc_space == "features" and features is None and "prdc" in names:
+            constraint = f"must be values for {reference.name}, which has no feature network"
+            raise UserError("evaluation.prdc_space", constraint, self.prdc_space, "Set it to values.")
+
+
+def _shortfall(name: str, reference: Reference) -> str | None:
+    """What the reference lacks to measure `name` against it, in words; None if nothing."""
+    num, values = len(reference.data), reference.data[0].numel()
+    needed = {
+        "fd_pixel": values + 1,  # fewer leave the covariance singular
+        "prdc": max(prdc.PRECISION_RECALL_K, prdc.DENSITY_COVERAGE_K) + 1,
+        "kid": 2,
+    }.get(name, 1)
+    if num < needed:
+        return f"{needed} reference samples or more, {reference.name} has {num}"
+    if name == "memorised" and not bool((reference.data != reference.data[:1]).any()):
+        return f"two different reference images, {reference.name} has one"
+    return None
 
 
 def draw(
