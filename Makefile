@@ -9,12 +9,13 @@ ARGS ?=
 PIP_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure test test-slow lint assets clean
+.PHONY: help install quickstart figure test test-slow chaos fuzz lint assets clean
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
 	@echo "make figure       the README's picture, from runs/quickstart"
 	@echo "make test         the tests; make test-slow: the long ones"
+	@echo "make chaos        a hundred SIGKILLs at one run, half of them inside saves; make fuzz: 10,200 random command lines"
 	@echo "make lint         ruff and mypy"
 	@echo "make assets       train the shipped networks again: runs/assets"
 	@echo "make clean        remove what builds and tests leave behind"
@@ -45,6 +46,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+chaos: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills 100 $(ARGS)
+
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --lines 10000 --real 200 --jobs 2 $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

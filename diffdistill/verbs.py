@@ -112,6 +112,8 @@ def _source(
                 "data", f"must have the run's sample shape {recipe.data.shape}", chosen.shape, "Leave it out."
             )
         return chosen, with_steps(recipe.distiller.generator, steps), recipe.networks
+    if checkpoint != "last":
+        raise UserError("checkpoint", "is for a run", f"pipeline={pipeline}", "Leave it out: a pipeline has one.")
     if data is None:
         raise UserError("data", "must say what the pipeline generates", None, "Add data=digits, for example.")
     return build(data), PipelineSampler.load(str(pipeline), steps), None
