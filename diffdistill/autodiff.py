@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 
 def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
@@ -21,7 +23,8 @@ def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tup
     attention has none, so torch's attention runs on its math backend here (the same function, more memory).
     """
     _load_forward_rules()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    mended = contextlib.nullcontext() if torch.__version__ >= "2.14" else _ContiguousGroupNorm()
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mended:
         value, tangent = torch.func.jvp(function, primals, tangents)[:2]
     return value, tangent
 
@@ -32,3 +35,14 @@ def _load_forward_rules() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
+
+
+class _ContiguousGroupNorm(TorchFunctionMode):
+    """Before torch 2.14 the forward rule of group_norm fails on channels-last inputs, as diffusers' attention makes."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
