@@ -15,6 +15,7 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
+NO_ROOT = "the Fréchet distance has no finite real matrix root; no diagonal is added to force one"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     said = io.StringIO()
     with warnings.catch_warnings(), contextlib.redirect_stdout(said):
         warnings.filterwarnings("ignore", message="The `disp` argument", category=DeprecationWarning)
-        distance = float(fid.frechet_distance(inner_a.mean, inner_a.cov, inner_b.mean, inner_b.cov, eps=0.0))
+        try:
+            distance = float(fid.frechet_distance(inner_a.mean, inner_a.cov, inner_b.mean, inner_b.cov, eps=0.0))
+        except ValueError as error:  # clean-fid's for a root that is not real, and before scipy 1.16 its for one of inf
+            raise ArithmeticError(NO_ROOT) from error
     if said.getvalue() or not np.isfinite(distance):
-        raise ArithmeticError("the Fréchet distance has no finite matrix root; no diagonal is added to force one")
+        raise ArithmeticError(NO_ROOT)
     return distance + float(outside)
 
 
