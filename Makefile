@@ -7,15 +7,17 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 PIP_FLAGS ?=
+export ARGS PIP_FLAGS PYTHON310 PYTHON312 PYTHON313 ALLOW_MISSING
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure test test-slow chaos fuzz lint assets clean
+.PHONY: help install quickstart figure test test-slow chaos fuzz versions lint assets clean
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
 	@echo "make figure       the README's picture, from runs/quickstart"
 	@echo "make test         the tests; make test-slow: the long ones"
 	@echo "make chaos        a hundred SIGKILLs at one run, half of them inside saves; make fuzz: 10,200 random command lines"
+	@echo "make versions     the tests on the oldest libraries, Python 3.12 and 3.13; one: version-oldest"
 	@echo "make lint         ruff and mypy"
 	@echo "make assets       train the shipped networks again: runs/assets"
 	@echo "make clean        remove what builds and tests leave behind"
@@ -53,6 +55,12 @@ chaos: $(STAMP)
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --lines 10000 --real 200 --jobs 2 $(ARGS)
 
+versions:
+	@.ci/versions
+
+version-%:
+	@.ci/versions $*
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -64,4 +72,4 @@ assets: $(STAMP)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./$(VENV) -prune -o -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
