@@ -58,7 +58,7 @@ class NonFiniteError(UserError):
             f"{role}: {tensor}",
             f"must be finite, at step {step}",
             "nan or inf",
-            "Lower trainer.optimizer's lr for this role, or set trainer.clip; nothing was zeroed, older checkpoints stand.",
+            "Lower its lr in trainer.optimizer, or set trainer.clip; nothing was zeroed, older checkpoints stand.",
         )
 
 
