@@ -12,6 +12,7 @@ from diffdistill.config import build
 from diffdistill.data import Data
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
+from diffdistill.networks.diffusers import UNet2D
 from diffdistill.networks.roles import Networks
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler
@@ -39,13 +40,17 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             teacher = build(settings["networks"])
     else:
         teacher = build(settings["networks"]).to(device)
+    if isinstance(teacher, UNet2D):
+        teacher.check(data.shape, data.num_classes)
     part = build(settings["distiller"])
     needs, roles = part.func.needs(**part.keywords), part.func.roles(**part.keywords)
     has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
     if missing := sorted(needs - has):
-        raise UserError(
-            "distiller", f"needs {', '.join(missing)}", f"data={data.name}, which provides {sorted(has)}", "Change one."
-        )
+        given = f"data={data.name}, which provides {sorted(has)}"
+        fix = "Change one."
+        if missing == ["null"]:
+            fix = "The network has no null condition: distiller.null_share=0 trains without one."
+        raise UserError("distiller", f"needs {', '.join(missing)}", given, fix)
     guidance = settings["guidance"]
     interval = guidance.get("interval")
     example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}

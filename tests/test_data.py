@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from diffdistill.config import compose
 from diffdistill.data import Digits, GaussianData, Mixture2D, digit_scans, epoch_indices
+from diffdistill.errors import UserError
 from diffdistill.networks.exact import circle
+from diffdistill.recipe import assemble
 from diffdistill.rng import Rng
 
 X0 = frozenset({"x0"})
@@ -74,3 +77,20 @@ def test_gaussian_rows_are_classes() -> None:
     assert float(second.mean()) == pytest.approx(2.0, abs=0.03)
     assert float(second.std()) == pytest.approx(0.3, rel=0.06)
     assert GaussianData().num_classes == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data=gmm2d", "networks=digits"], r"samples of the data's shape \[2\], got a UNet for \[1, 8, 8\]"),
+        (["networks.config.in_channels=3"], r"shape \[1, 8, 8\], got a UNet for \[3, 8, 8\]"),
+        (["networks.config.out_channels=2"], r"shape \[1, 8, 8\]"),
+        (["networks.config.sample_size=16"], r"shape \[1, 8, 8\], got a UNet for \[1, 16, 16\]"),
+        (["networks.config.num_class_embeds=10"], "one class row per class of the data, 10, and one more for the null"),
+    ],
+)
+def test_a_unet_for_other_data_is_refused_before_any_work(words: list[str], said: str) -> None:
+    base = [] if words[0].startswith("data=") else ["data=digits", "networks=digits_scratch"]
+    settings = compose("train", [*base, "distiller=denoising", "run_dir=none", *words])
+    with pytest.raises(UserError, match=said):
+        assemble(settings, "meta")  # type: ignore[arg-type]

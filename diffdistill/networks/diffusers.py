@@ -44,6 +44,30 @@ class UNet2D(nn.Module):
         """Down blocks, the middle block, up blocks: the bottleneck is the one in the middle."""
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
 
+    def check(self, shape: tuple[int, ...], num_classes: int) -> None:
+        """Raise UserError unless it denoises samples of `shape` with labels 0 to num_classes - 1.
+
+        Fully convolutional, it would run at other sizes, but a pipeline draws at the size of its config.
+        """
+        config = self.unet.config
+        size = config.sample_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        own = (config.in_channels, height, width)
+        if own != tuple(shape) or config.out_channels != config.in_channels:
+            raise UserError("networks", f"must denoise samples of the data's shape {list(shape)}",
+                            f"a UNet for {list(own)}", "Change data or networks, or the data's size.")  # fmt: skip
+        levels = len(config.down_block_types) - 1
+        if height % 2**levels or width % 2**levels:
+            constraint = f"need a size divisible by {2**levels}, for {levels} halvings"
+            fix = "Choose another size, or a UNet with fewer levels."
+            raise UserError("networks", constraint, f"{height}x{width}", fix)
+        classes = self.num_classes - (self.null is not None)
+        if classes != num_classes:
+            null = "one more for the null condition" if self.null is not None else "none for a null condition"
+            constraint = f"must have one class row per class of the data, {num_classes}, and {null}"
+            fix = "Mend networks.has_null, or choose other networks."
+            raise UserError("networks", constraint, f"{self.num_classes} rows", fix)
+
     def scale(self, t: Tensor) -> Tensor:
         return torch.rsqrt(t.square() + self.kind.sigma_data**2)
 
