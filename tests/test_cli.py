@@ -270,6 +270,8 @@ def test_completion_offers_verbs_then_keys(line, words, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == words.split()
 
 
+# Options that cannot go without a key of the user.
+GIVEN = {name: ["data.path=images"] for name in ("data=image_folder", "experiment=image_folder_teacher")}
 CHOICES = [
     f"{group}={option}"
     for group in ("experiment", "data", "distiller", "evaluation", "tracker", "trainer")
@@ -280,7 +282,7 @@ CHOICES = [
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_shipped_option_composes_and_fits_its_annotations(choice):
     alone = [] if choice.startswith("experiment=") else ["experiment=none"]  # its keys are for its own choices
-    check(compose("train", [choice, *alone]), function_of(VERBS["train"]))
+    check(compose("train", [choice, *alone, *GIVEN.get(choice, [])]), function_of(VERBS["train"]))
 
 
 @pytest.mark.parametrize("name", [name for name in VERBS if name != "export"])
