@@ -33,7 +33,7 @@ def test_a_run_writes_what_it_promises_and_nothing_else(finished: Path) -> None:
     assert all(
         key.startswith(("student/", "critic/", "grad_norm/", "lr/", "time/")) or key == "step" for key in lines[0]
     )
-    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-00000006", "step-00000012"}
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-00000008", "step-00000012"}
 
 
 def test_the_summary_has_its_schema_and_protocol(finished: Path) -> None:
