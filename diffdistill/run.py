@@ -28,6 +28,7 @@ from diffdistill.trainer import Progress, Trainer
 from diffdistill.training_state import TrainingState
 
 SCHEMA = 1  # of summary.json
+MOST_CLASSES = 16  # shown in a picture
 
 
 class Run:
@@ -134,7 +135,7 @@ class Run:
 
     def _picture(self, step: int) -> None:
         data, networks = self.recipe.data, self.recipe.networks
-        num = 2000 if len(data.shape) == 1 else 8 * (data.num_classes or 8)
+        num = 2000 if len(data.shape) == 1 else 8 * min(data.num_classes or 8, MOST_CLASSES)
         path = self.folder.path / "samples" / f"step-{step:08d}.png"
         draw_picture(data, self.recipe.distiller.generator, num, 0, path, networks)
 
