@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from . import config_files
 from .config_check import NODE_WORDS, check, is_node, locate
 from .config_errors import explain
-from .config_types import convert, dot, parameters, short, show
+from .config_types import arms, convert, dot, parameters, short, show
 from .errors import UserError
 
 # The keys of the verbs' own files that name a file or folder.
@@ -130,6 +130,11 @@ def call(cfg: DictConfig, function: Callable[..., Any]) -> Any:
     """Call a verb with the keys of its root configuration, after `check`: mappings as DictConfig, lists as lists."""
     check(cfg, function)
     hints = parameters(function)
+    for key in config_files.groups():
+        node = cfg.get(key) if DictConfig in arms(hints.get(key)) else None
+        if isinstance(node, DictConfig) and "_target_" not in node:
+            fix = f"Choose it by its group: {key}=NAME."
+            raise UserError(f"{key}._target_", "must name what to build", "nothing", fix)
     values = {str(key): cfg[key] for key in cfg}
     plain = {k: OmegaConf.to_container(v) if isinstance(v, ListConfig) else v for k, v in values.items()}
     return function(**{key: convert(value, hints.get(key)) for key, value in plain.items()})

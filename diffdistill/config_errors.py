@@ -40,7 +40,7 @@ def explain(error: BaseException, verb: str, overrides: Sequence[str]) -> UserEr
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(error, ConfigCompositionException):
         for pattern, make in _COMPOSITION:
-            found = re.search(pattern, str(error), re.DOTALL)
+            found = re.search(pattern, f"{error}\n{cause}", re.DOTALL)
             if found:
                 return make(found, verb, overrides)
     if isinstance(cause, OmegaConfBaseException):

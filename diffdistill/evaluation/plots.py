@@ -9,6 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from diffdistill.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
+
+
+def check_picture(path: str | Path) -> None:
+    """Refuse the name of a picture that says no format."""
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise UserError("out", f"must end in one of {', '.join(SUFFIXES)}", str(path), "Write out=NAME.png.")
+
 
 def _torchvision_utils() -> Any:
     """torchvision.utils, without the warnings about torch.jit that importing torchvision shows users."""
@@ -23,6 +33,7 @@ def sample_grid(images: Tensor, path: str | Path, columns: int = 8, scale: int =
 
     scale: side of the square each pixel becomes, so that 8x8 images can be seen.
     """
+    check_picture(path)
     utils = _torchvision_utils()
 
     enlarged = images.detach().float().cpu().clamp(-1, 1)
@@ -31,7 +42,11 @@ def sample_grid(images: Tensor, path: str | Path, columns: int = 8, scale: int =
 
 
 def scatter(samples: Tensor, reference: Tensor, path: str | Path) -> None:
-    """Plot samples [n, 2] over reference [m, 2] on equal axes and write the figure to `path`."""
+    """Plot samples [n, 2] over reference [m, 2] on equal axes and write the figure to `path`.
+
+    Of more coordinates the first two are shown, of one its histogram.
+    """
+    check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no display and no global state
     from matplotlib.figure import Figure
 
@@ -40,8 +55,13 @@ def scatter(samples: Tensor, reference: Tensor, path: str | Path) -> None:
     axes = figure.add_subplot()
     for points, label, colour in ((reference, "reference", "0.75"), (samples, "samples", "tab:blue")):
         xy = points.detach().float().cpu().numpy()
-        axes.scatter(xy[:, 0], xy[:, 1], s=3, c=colour, label=f"{label} ({len(xy)})", linewidths=0)
-    axes.set_aspect("equal")
+        name = f"{label} ({len(xy)})"
+        if xy.shape[1] == 1:
+            axes.hist(xy[:, 0], bins=60, density=True, color=colour, alpha=0.6, label=name)
+        else:
+            axes.scatter(xy[:, 0], xy[:, 1], s=3, c=colour, label=name, linewidths=0)
+    if samples.shape[1] > 1:
+        axes.set_aspect("equal")
     axes.legend(loc="upper right", markerscale=4)
     figure.savefig(str(path), dpi=120)
 

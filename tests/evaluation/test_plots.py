@@ -1,8 +1,11 @@
 """Pictures show the values they are given."""
 
+import pytest
 import torch
 from torchvision.io import read_image
 
+from diffdistill import UserError
+from diffdistill.evaluation import plots
 from diffdistill.evaluation.plots import sample_grid, scatter
 
 
@@ -35,3 +38,16 @@ def test_scatter_draws_samples_over_the_reference(tmp_path):
     assert len(grey) > 100
     assert coloured[:, 1].mean() > grey[:, 1].mean()  # further right
     assert coloured[:, 0].median() > grey[:, 0].median()  # and lower down
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_points_of_any_dimension_have_a_picture(tmp_path, dim):
+    plots.scatter(torch.randn(20, dim), torch.randn(30, dim), tmp_path / "points.png")
+    assert (tmp_path / "points.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["points", "points.nope", ".png"])
+def test_a_picture_without_a_format_is_refused_before_anything_is_written(tmp_path, name):
+    with pytest.raises(UserError, match=r"^out must end in one of \.png"):
+        plots.scatter(torch.randn(20, 2), torch.randn(30, 2), tmp_path / name)
+    assert not list(tmp_path.iterdir())
