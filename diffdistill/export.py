@@ -27,12 +27,12 @@ from diffdistill.networks.diffusers import UNet2D
 from diffdistill.networks.files import resolve
 from diffdistill.networks.inputs import EmbeddingWithInputs
 from diffdistill.networks.mlp import Mlp
+from diffdistill.pipelines import CALL, SCHEMA, hashes
 from diffdistill.solvers import Sampler
 
 if TYPE_CHECKING:
     from diffdistill.recipe import Recipe
 
-SCHEMA = 1
 TOLERANCE = 1e-5  # largest absolute difference on [0, 1]
 NUM_LEVELS = 40  # of the scheduler's Karras grid
 RHO = 7.0
@@ -213,9 +213,15 @@ def _write_pipeline(
     ConsistencyModelPipeline(unet=stock_unet(network, drop_null=True), scheduler=scheduler).save_pretrained(folder)
     indices = grid_indices(generator.times, network.process.t_min)
     call: dict[str, Any] = {} if len(indices) == 1 else {"timesteps": indices[::-1]}
-    contract = {"schema": SCHEMA, "call": call, "nfe": generator.nfe, "times": list(generator.times)}
-    (folder / "call.json").write_text(json.dumps(contract, indent=1) + "\n")
     (folder / "README.md").write_text(_readme(recipe, generator, call, settings, summary))
+    contract = {
+        "schema": SCHEMA,
+        "call": call,
+        "nfe": generator.nfe,
+        "times": list(generator.times),
+        "sha256": hashes(folder),
+    }
+    (folder / CALL).write_text(json.dumps(contract, indent=1) + "\n")
 
 
 def _write_model(recipe: Recipe, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
@@ -263,8 +269,8 @@ pipeline = DiffusionPipeline.from_pretrained("this folder")
 images = pipeline(batch_size=4{labels}{keywords}).images
 ```
 
-`call.json` holds the keyword arguments of that call. The folder was verified when it was written: a fresh process
-without diffdistill gave the training code's samples within {TOLERANCE:g}.
+`call.json` holds the keyword arguments of that call and the hashes of the files. The folder was verified when it was
+written: a fresh process without diffdistill gave the training code's samples within {TOLERANCE:g}.
 
 {_figures(summary)}
 Licence of the teacher: {_licence(teacher)}. The student is derived from it.

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from diffdistill.config_errors import first_line
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator
+from diffdistill.networks.files import quiet_diffusers
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler, Sampler
+
+SCHEMA = 1  # of call.json
+CALL = "call.json"
 
 
 @dataclass(frozen=True)
@@ -31,10 +39,15 @@ class PipelineSampler:
 
     @classmethod
     def load(cls, folder: str, steps: int | None = None) -> PipelineSampler:
-        """Raises UserError if `folder` is not a pipeline. steps: num_inference_steps instead of call.json's grid."""
+        """Raises UserError, naming the file, if `folder` is not a whole pipeline.
+
+        steps: num_inference_steps instead of call.json's grid.
+        """
         from diffusers import DiffusionPipeline
 
         path = Path(folder)
+        if steps is not None and steps < 1:
+            raise UserError("steps", "must be >= 1", steps, "Leave it out for what the pipeline was made for.")
         if not (path / "model_index.json").is_file():
             raise UserError(
                 "pipeline",
@@ -42,14 +55,19 @@ class PipelineSampler:
                 folder,
                 "Look one level down.",
             )
+        contract = _contract(path)
+        _check_files(path, contract.get("sha256", {}))
         try:
-            pipeline = DiffusionPipeline.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise UserError("pipeline", "must load in diffusers", folder, str(error).splitlines()[0]) from error
-        pipeline.set_progress_bar_config(disable=True)
-        contract = json.loads((path / "call.json").read_text()) if (path / "call.json").is_file() else {"call": {}}
+            with quiet_diffusers():
+                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+            pipeline.set_progress_bar_config(disable=True)
+            signature = inspect.signature(pipeline.__call__).parameters
+        except Exception as error:  # diffusers checks little of what it reads
+            raise UserError("pipeline", "must load in diffusers", folder, first_line(error)) from error
         call = contract["call"] if steps is None else {"num_inference_steps": steps}
-        signature = inspect.signature(pipeline.__call__).parameters
+        if unknown := sorted(call.keys() - signature.keys()):
+            fix = f"{type(pipeline).__name__} takes {', '.join(signature)}."
+            raise _refused(path / CALL, f"must hold keywords of the pipeline's call, not {unknown[0]}", fix)
         default = signature["num_inference_steps"].default if "num_inference_steps" in signature else 1
         nfe = contract.get("nfe", default) if steps is None else steps
         return cls(pipeline, call, nfe)
@@ -66,8 +84,75 @@ class PipelineSampler:
                 )
             inputs["class_labels"] = cond["label"]
         generator = torch.Generator().manual_seed(rng.torch_seed())
-        images = self.pipeline(**inputs, **self.call, generator=generator, output_type="pt").images
-        return torch.as_tensor(images) * 2 - 1
+        try:
+            images = self.pipeline(**inputs, **self.call, generator=generator, output_type="pt").images
+        except Exception as error:  # diffusers and torch refuse values of call.json, or steps, in their own ways
+            fix = f"{first_line(error)} Mend call.json or steps, or export it again."
+            raise UserError("pipeline", f"must run with {self.call}", type(self.pipeline).__name__, fix) from error
+        images = torch.as_tensor(images)
+        if images.shape[1:] != z.shape[1:]:
+            fix = "Choose the data that the pipeline imitates."
+            made, wanted = tuple(images.shape[1:]), tuple(z.shape[1:])
+            raise UserError("data", f"must have the pipeline's sample shape {made}", wanted, fix)
+        return images * 2 - 1
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a pipeline folder that decides about its samples, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors") and path.name != CALL)
+    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _contract(folder: Path) -> dict[str, Any]:
+    """What call.json holds; a folder of another program has none."""
+    path = folder / CALL
+    if not path.is_file():
+        return {"call": {}}
+    contract = _json(path)
+    if not isinstance(contract, dict) or contract.get("schema") != SCHEMA:
+        raise _refused(path, f"must be a mapping with schema {SCHEMA}")
+    call, nfe, listed = contract.get("call"), contract.get("nfe"), contract.get("sha256", {})
+    if not isinstance(call, dict):
+        raise _refused(path, "must hold a mapping call")
+    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
+        raise _refused(path, f"must hold an integer nfe >= 1, not {nfe!r}")
+    if not isinstance(listed, dict) or not all(isinstance(value, str) for value in listed.values()):
+        raise _refused(path, "must hold a mapping sha256 of texts")
+    return contract
+
+
+def _check_files(folder: Path, listed: Mapping[str, str]) -> None:
+    """Refuse files that changed since the export, where call.json lists their hashes, and JSON that cannot be read."""
+    fix = f"Export it again, or delete sha256 from {CALL} if the change is meant."
+    for name, sha256 in listed.items():
+        if not (folder / name).is_file():
+            raise _refused(folder / name, "is missing", fix)
+        if _sha256(folder / name) != sha256:
+            raise _refused(folder / name, "changed since the export", fix)
+    for path in sorted(folder.rglob("*.json")):
+        if not isinstance(_json(path), dict):
+            raise _refused(path, "must hold a mapping")
+    for path in sorted(folder.rglob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise _refused(path, "cannot be read as safetensors", f"{error}. Export it again.") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _refused(path, "cannot be read as JSON", f"{error}. Export it again.") from error
+
+
+def _refused(path: Path, what: str, fix: str = "Export it again.") -> UserError:
+    return UserError("pipeline", "must be a whole diffusers folder", f"{path}, which {what}", fix)
 
 
 def with_steps(sampler: Sampler, steps: int | None) -> Sampler:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from config_keys import run
 
 from diffdistill.config import compose
 from diffdistill.errors import UserError
@@ -72,8 +74,6 @@ def test_it_loads_and_runs_where_this_package_cannot_be_imported(exported: tuple
 def test_a_tampered_scheduler_config_is_refused(
     exported: tuple[Path, Recipe], tmp_path: Path, key: str, value: float
 ) -> None:
-    import shutil
-
     folder, recipe = exported
     copy = tmp_path / "tampered"
     shutil.copytree(folder, copy)
@@ -83,6 +83,101 @@ def test_a_tampered_scheduler_config_is_refused(
     assert isinstance(generator, Generator)
     with pytest.raises(UserError, match="must equal the run's own samples"):
         verify(copy, recipe, generator)
+
+
+CHANGES = {
+    "a flipped byte of the weights": ("unet/diffusion_pytorch_model.safetensors", "flip"),
+    "truncated weights": ("unet/diffusion_pytorch_model.safetensors", "cut"),
+    "no weights": ("unet/diffusion_pytorch_model.safetensors", "remove"),
+    "no scheduler": ("scheduler/scheduler_config.json", "remove"),
+    "no unet configuration": ("unet/config.json", "remove"),
+    "a flipped byte of the index": ("model_index.json", "flip"),
+    "a cut index": ("model_index.json", "cut"),
+    "a cut scheduler configuration": ("scheduler/scheduler_config.json", "cut"),
+    "a cut unet configuration": ("unet/config.json", "cut"),
+    "an edited unet configuration": ("unet/config.json", {"num_class_embeds": 3}),
+    "an edited scheduler configuration": ("scheduler/scheduler_config.json", {"sigma_max": 3.0}),
+    "another class": ("model_index.json", {"_class_name": "Nowhere"}),
+    "a list as index": ("model_index.json", []),
+    "a cut call": ("call.json", "cut"),
+    "another schema": ("call.json", {"schema": 99}),
+    "an unknown keyword": ("call.json", {"call": {"num_steps": 3}}),
+    "a call that is no mapping": ("call.json", {"call": [3]}),
+    "steps that are text": ("call.json", {"nfe": "one"}),
+    "no steps": ("call.json", {"nfe": 0}),
+    "hashes that are no mapping": ("call.json", {"sha256": 3}),
+    "a keyword of a wrong type": ("call.json", {"call": {"timesteps": "three"}}),
+}
+
+
+def change(path: Path, how: str | dict | list) -> None:
+    """Damage or edit one file."""
+    content = path.read_bytes()
+    if how == "flip":
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "remove":
+        path.unlink()
+    else:
+        path.write_text(json.dumps(how if isinstance(how, list) else {**json.loads(content), **how}))
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["with hashes", "without"])
+def test_a_damaged_or_edited_folder_is_refused_by_the_name_of_the_file(
+    exported: tuple[Path, Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    listed: bool,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    legal_without_hashes = ("a flipped byte of the weights", "an edited scheduler configuration")
+    (tmp_path / "cases").mkdir()
+    for name, (file, how) in CHANGES.items():
+        folder = tmp_path / "cases" / name.replace(" ", "-")
+        shutil.copytree(exported[0], folder)
+        if not listed:
+            contract = json.loads((folder / "call.json").read_text())
+            del contract["sha256"]
+            (folder / "call.json").write_text(json.dumps(contract))
+        change(folder / file, how)
+        if not listed and name in legal_without_hashes:
+            continue
+        for words in (["sample", "num=2"], ["evaluate", "num_samples=70", "metrics=[fd_pixel]"]):
+            outcome = run([words[0], f"pipeline={folder}", "data=digits", *words[1:]])
+            assert outcome.status == 2, (name, outcome)
+            assert not outcome.fault, (name, outcome)
+            assert Path(file).name in outcome.err or (not listed and "diffusers" in outcome.err), (name, outcome.err)
+    assert [path.name for path in tmp_path.iterdir()] == ["cases"]
+
+
+def test_a_meant_change_is_accepted_once_the_hashes_are_deleted(exported: tuple[Path, Recipe], tmp_path: Path) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(exported[0], folder)
+    change(folder / "scheduler" / "scheduler_config.json", {"sigma_max": 3.0})
+    words = ["sample", f"pipeline={folder}", "data=digits", "num=2", f"out={tmp_path / 'grid.png'}"]
+    outcome = run(words)
+    assert "delete sha256 from call.json" in outcome.err
+    contract = json.loads((folder / "call.json").read_text())
+    assert set(contract.pop("sha256")) == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    }
+    (folder / "call.json").write_text(json.dumps(contract))
+    assert run(words).status == 0
+
+
+@pytest.mark.parametrize("word", ["steps=0", "steps=-3", "steps=100000", "data=gmm2d", "data=gauss"])
+def test_what_does_not_fit_a_pipeline_is_told_in_one_message(
+    exported: tuple[Path, Recipe], tmp_path: Path, word: str
+) -> None:
+    out = tmp_path / "grid.png"
+    outcome = run(["sample", f"pipeline={exported[0]}", "data=digits", "num=2", f"out={out}", word])
+    assert (outcome.status, outcome.fault) == (2, "")
+    assert not out.exists()
 
 
 def test_a_few_step_student_on_the_grid_round_trips(tmp_path: Path) -> None:
