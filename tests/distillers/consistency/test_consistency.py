@@ -12,6 +12,7 @@ from optimum import gauss_recipe, place
 from torch import Tensor
 
 from diffdistill.distillers.consistency.consistency import Consistency
+from diffdistill.distillers.consistency.pairs import inverse_gap, unit
 from diffdistill.errors import UserError
 from diffdistill.losses import squared
 from diffdistill.process import NoiseProcess, expand
@@ -88,6 +89,16 @@ def test_the_gradient_is_the_analytic_one(off: float, factor: float, decay: str)
         assert ((mean - expected[name]).abs() <= 5 * error + 1e-9).all(), (name, mean, expected[name])
         if off or factor != 1:
             assert (error < 0.1 * expected["std"].abs().max()).all()
+
+
+def test_the_weight_multiplies_the_distance_of_a_pair() -> None:
+    found = []
+    for weight in (unit, inverse_gap):
+        recipe = recipe_of("distiller.target_decay=null", weight=weight)
+        place(recipe, 0.4, 1.3)
+        batch = recipe.data.batch(Rng(0, 0, "data", range(64)), 64, recipe.needs, recipe.networks.dtype)
+        found.append(float(recipe.distiller.phases(0)[0].loss(batch, Rng(0, 0, "student", range(64))).total.detach()))
+    assert found[1] == pytest.approx(found[0] / (T - R), rel=1e-12)
 
 
 def test_consistency_training_has_the_gradient_of_distillation_as_pairs_close_up() -> None:
