@@ -108,8 +108,17 @@ def fits_call(arm: Any, target: Any, partial: bool, keywords: Iterable[str]) -> 
 
 def _related(one: Any, other: Any) -> bool:
     """Whether a value of one class may be one of the other; True where either is no plain class."""
-    classes = [c for c in (one, other) if inspect.isclass(c) and c is not Any and not getattr(c, "_is_protocol", False)]
-    return len(classes) < 2 or issubclass(one, other) or issubclass(other, one)
+    return not (_is_plain_class(one) and _is_plain_class(other)) or issubclass(one, other) or issubclass(other, one)
+
+
+def _is_plain_class(hint: Any) -> bool:
+    """A class, but no protocol, and no dict[str, int] either, which Python 3.10 takes for a class."""
+    return (
+        inspect.isclass(hint)
+        and get_origin(hint) is None
+        and hint is not Any
+        and not getattr(hint, "_is_protocol", False)
+    )
 
 
 def item_hint(hint: Any, index: int = 0) -> Any:

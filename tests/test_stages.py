@@ -19,7 +19,7 @@ from diffdistill.saved_run import load_run
 from diffdistill.warm_start import warm_start
 
 BASE = ["train", "data=gmm2d", "trainer.batch_size=16", "trainer.log_every=1", "evaluation=none"]
-FIRST = [*BASE, "distiller=consistency", "trainer.steps=4"]
+FIRST = [*BASE, "distiller=consistency", "trainer.steps=4", "trainer.optimizer.default.lr=1e-2"]
 SECOND = [*BASE, "distiller=dmd2", "trainer.steps=2", "trainer.optimizer.default.lr=1e-9"]
 
 
