@@ -31,9 +31,12 @@ def say(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+GO_ON = "What was committed before stands: make room, then go on with resume=true."
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within, a full disk or a folder without permission is the user's one message: what stands stays whole."""
+def writing(path: Path | str, key: str = "run_dir", fix: str = GO_ON) -> Iterator[None]:
+    """Within, a full disk or a folder without permission is the user's one message, naming `key`."""
     try:
         yield
     except OSError as error:
@@ -42,8 +45,7 @@ def writing(path: Path) -> Iterator[None]:
             reason = next((text for number, text in _FULL.items() if f"os error {number})" in str(error)), None)
         if reason is None:
             raise
-        fix = "What was committed before stands: make room, then go on with resume=true."
-        raise UserError("run_dir", f"must be writable: {reason}", str(path), fix) from error
+        raise UserError(key, f"must be writable: {reason}", str(path), fix) from error
 
 
 @dataclass(frozen=True)

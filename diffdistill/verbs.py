@@ -19,11 +19,12 @@ from diffdistill.export import write as write_pipeline
 from diffdistill.networks.roles import Networks
 from diffdistill.pictures import draw_picture, where
 from diffdistill.pipelines import PipelineSampler, with_steps
-from diffdistill.run_folder import read_json
+from diffdistill.run_folder import read_json, writing
 from diffdistill.saved_run import Choice, load_run
 from diffdistill.solvers import Sampler
 
 SCHEMA = 1
+_ELSEWHERE = "Name another place, or make room."
 
 
 def sample(
@@ -44,7 +45,7 @@ def sample(
     if num < 1:
         raise UserError("num", "must be >= 1", num, "Ask for at least one sample.")
     set_, sampler, networks = _source(run, pipeline, data, steps, checkpoint)
-    with torch.no_grad():
+    with torch.no_grad(), writing(out, "out", _ELSEWHERE):
         draw_picture(set_, sampler, num, seed, _new_file("out", out), networks)
     Console().print(f"{num} samples, {sampler.nfe} network evaluations each: {out}", soft_wrap=True)
     return out
@@ -74,7 +75,8 @@ def evaluate(
     Console().print(harness.table([(run or pipeline or "", figures)]))
     result = {"schema": SCHEMA, "source": run or pipeline, "figures": figures, "protocol": protocol.to_json()}
     if out is not None:
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+        with writing(out, "out", _ELSEWHERE):
+            Path(out).write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
@@ -91,7 +93,8 @@ def export(
     same = checkpoint == "last" and generator.nfe == recipe.distiller.generator.nfe
     # the figures are of the last weights and the run's own steps
     figures = read_json(summary, "run") if summary.is_file() and same else {}
-    path = write_pipeline(recipe, Path(out), settings, figures, generator)
+    with writing(out, "out", _ELSEWHERE):
+        path = write_pipeline(recipe, Path(out), settings, figures, generator)
     Console().print(f"wrote {path}", soft_wrap=True)
     return str(path)
 

@@ -234,6 +234,23 @@ def test_a_read_only_file_system_is_one_message(tmp_path: Path, capsys: pytest.C
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def test_sample_evaluate_and_export_name_a_place_that_cannot_be_written(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], check=False).returncode:
+        pytest.skip("mounting a tmpfs is not permitted here")
+    try:
+        assert main(["sample", f"run={finished}", "num=4", f"out={place / 'x.png'}"]) == 2
+        one_message(capsys, "out must be writable: it is read-only")
+        words = ["evaluate", f"run={finished}", "num_samples=50", "metrics=[swd]"]
+        assert main([*words, f"out={place / 'x.json'}"]) == 2
+        one_message(capsys, "out must be writable: it is read-only")
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
 def test_a_folder_without_permission_is_one_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
