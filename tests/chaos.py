@@ -85,21 +85,22 @@ def ended(pid: int) -> bool:
 def kill_at(pid: int, folder: Path, moment: float | None) -> tuple[bool, bool]:
     """Kill after `moment` seconds of training, or inside the next save where it is None.
 
-    Returns (killed, inside a save); the run may be done first.
+    Returns (killed, inside a save); the run may be done first. What an earlier kill left half written goes away before
+    training begins, which shows as lines that metrics.jsonl gains after it was cut.
     """
     checkpoints, metrics = folder / "checkpoints", folder / "metrics.jsonl"
-    size = metrics.stat().st_size if metrics.is_file() else 0
-    began: float | None = None
+    lowest, began = 1 << 60, None
     while not ended(pid):
-        saving = (
-            any(name.startswith(".writing-") for name in os.listdir(checkpoints)) if checkpoints.is_dir() else False
-        )
-        if began is None and metrics.is_file() and metrics.stat().st_size != size:
+        size = metrics.stat().st_size if metrics.is_file() else 0
+        lowest = min(lowest, size)
+        if began is None and size > lowest:
             began = time.monotonic()
-        if (moment is None and saving) or (moment is not None and began and time.monotonic() - began >= moment):
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return True, saving
+        if began is not None:
+            saving = checkpoints.is_dir() and any(name.startswith(".writing-") for name in os.listdir(checkpoints))
+            if saving if moment is None else time.monotonic() - began >= moment:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return True, saving
         time.sleep(0.0005)
     return False, False
 
