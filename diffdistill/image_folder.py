@@ -153,6 +153,7 @@ class ImageFolder:
 
 def class_rows(path: str, classes: Classes) -> int | None:
     """Rows of a class embedding for the folder: one per class and the null condition; None without classes."""
+    _folder(path, "path")  # an own key, when it is not the data's
     return len(class_folders(path, classes)) + 1 if classes == "subfolders" else None
 
 
@@ -252,12 +253,12 @@ def _reading(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _folder(path: str) -> Path:
+def _folder(path: str, key: str = "data.path") -> Path:
     # os.path answers False and leaves ~nobody where pathlib raises
     folder = Path(os.path.expanduser(path))
     if not path or not os.path.isdir(folder):
         fix = "It is a file: give the folder it lies in." if os.path.isfile(folder) else "There is no such folder."
-        raise UserError("data.path", "must be a folder of images", path or "nothing", fix)
+        raise UserError(key, "must be a folder of images", path or "nothing", fix)
     return folder
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
 from diffdistill.config import build
+from diffdistill.config_check import check_keywords
 from diffdistill.data import Data
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
-from diffdistill.networks.diffusers import UNet2D
-from diffdistill.networks.roles import Networks
+from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler
 
@@ -40,10 +41,10 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             teacher = build(settings["networks"])
     else:
         teacher = build(settings["networks"]).to(device)
-    if isinstance(teacher, UNet2D):
-        teacher.check(data.shape, data.num_classes)
+    teacher.check(data.shape, data.num_classes)
     part = build(settings["distiller"])
-    needs, roles = part.func.needs(**part.keywords), part.func.roles(**part.keywords)
+    needs, roles = _asked(part)
+    scale, interval = _guidance(settings["guidance"])
     has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
     if missing := sorted(needs - has):
         given = f"data={data.name}, which provides {sorted(has)}"
@@ -51,8 +52,6 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
         if missing == ["null"]:
             fix = "The network has no null condition: distiller.null_share=0 trains without one."
         raise UserError("distiller", f"needs {', '.join(missing)}", given, fix)
-    guidance = settings["guidance"]
-    interval = guidance.get("interval")
     example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}
     with torch.random.fork_rng(devices=[]):
         # heads and adapters are drawn from torch's own generator: the run's seed decides them too
@@ -64,9 +63,37 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             example,
             modes=dict(settings["roles"]),
             lora=build(settings["lora"]),
-            guidance_scale=float(guidance["scale"]),
-            guidance_interval=None if interval is None else (float(interval[0]), float(interval[1])),
+            guidance_scale=scale,
+            guidance_interval=interval,
         )
     distiller = build(settings["distiller"], networks=networks)
     sampler = build(settings["sampler"])(networks["teacher"])
     return Recipe(data, networks, distiller, needs, sampler)
+
+
+def _asked(part: Any) -> tuple[frozenset[str], Mapping[str, Role]]:
+    """What the method needs and its roles; mistakes in its hyperparameters are told by their dotted key."""
+    try:
+        return part.func.needs(**part.keywords), part.func.roles(**part.keywords)
+    except UserError as error:
+        if error.key.startswith("distiller."):
+            raise
+        key = ", ".join(f"distiller.{name}" for name in error.key.split(", "))
+        raise UserError(key, error.constraint, error.value, error.fix) from error
+
+
+def _guidance(node: Any) -> tuple[float, tuple[float, float] | None]:
+    """The scale and interval of a `guidance` node."""
+    plain = OmegaConf.to_container(node) if OmegaConf.is_config(node) else dict(node)
+    check_keywords(plain, _limits, "guidance")  # type: ignore[arg-type]
+    return _limits(**{str(key): value for key, value in plain.items()})  # type: ignore[union-attr]
+
+
+def _limits(scale: float, interval: tuple[float, float] | None = None) -> tuple[float, tuple[float, float] | None]:
+    if interval is None:
+        return float(scale), None
+    low, high = (float(time) for time in interval)
+    if not 0 <= low < high:
+        fix = "Give two times of the teacher's process, the lower first."
+        raise UserError("guidance.interval", "must be [low, high] with 0 <= low < high", [low, high], fix)
+    return float(scale), (low, high)

@@ -94,7 +94,11 @@ class RunFolder:
         return self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir()))
 
     def refuse_occupied(self) -> None:
-        """A new run never writes over another."""
+        """A new run never writes over another, nor below a file."""
+        above = next((p for p in self.path.absolute().parents if p.exists()), None)
+        if above is not None and not above.is_dir():
+            fix = f"{above} is a file."
+            raise UserError("run_dir", "must lie in a folder", str(self.path), fix)
         if not self.occupied():
             return
         fix = "Name another folder, or move this one away."

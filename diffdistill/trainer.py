@@ -14,9 +14,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffdistill.config_types import show
 from diffdistill.data import Data
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, Transition
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_at_least
 from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
@@ -32,6 +33,9 @@ class ConstantLR:
 
     warmup: int = 0
 
+    def __post_init__(self) -> None:
+        require_at_least(0, warmup=self.warmup)
+
     def __call__(self, step: int, steps: int) -> float:
         return min(1.0, (step + 1) / (self.warmup + 1))
 
@@ -42,6 +46,11 @@ class CosineLR:
 
     warmup: int = 0
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_at_least(0, warmup=self.warmup)
+        if not 0 <= self.final <= 1:
+            raise UserError("final", "must lie in [0, 1]", self.final, "It is a share of the full rate.")
 
     def __call__(self, step: int, steps: int) -> float:
         if step < self.warmup:
@@ -108,7 +117,10 @@ class Trainer:
             ("keep", keep, 1),
         ):
             if value < least:
-                raise UserError(f"trainer.{key}", f"must be >= {least}", value, "Raise it.")
+                raise UserError(key, f"must be >= {least}", value, "Raise it.")
+        for role, limit in clip.items():
+            if limit is not None and not 0 < limit < float("inf"):
+                raise UserError(f"clip.{role}", "must be > 0, or null for none", limit, "The paper uses 10.")
         self.steps, self.batch_size, self.accumulate, self.seed = steps, batch_size, accumulate, seed
         self.log_every, self.checkpoint_every, self.keep = log_every, checkpoint_every, keep
         self.optimizer, self.lr, self.clip, self.ema = optimizer, lr, clip, ema
@@ -279,7 +291,7 @@ class Trainer:
                 raise UserError(
                     f"trainer.{key}.{unknown[0]}",
                     f"must be default or among {networks.trainable}",
-                    "it",
+                    show(values[unknown[0]]),
                     "Mend the name.",
                 )
         for key in ("optimizer", "lr"):

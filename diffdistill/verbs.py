@@ -13,13 +13,13 @@ from rich.console import Console
 from diffdistill.config import build
 from diffdistill.data import Data
 from diffdistill.errors import UserError
-from diffdistill.evaluation import harness
+from diffdistill.evaluation import harness, plots
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.export import write as write_pipeline
 from diffdistill.networks.roles import Networks
 from diffdistill.pictures import draw_picture, where
 from diffdistill.pipelines import PipelineSampler, with_steps
-from diffdistill.run_folder import read_json, writing
+from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.saved_run import Choice, load_run
 from diffdistill.solvers import Sampler
 
@@ -44,9 +44,11 @@ def sample(
     """
     if num < 1:
         raise UserError("num", "must be >= 1", num, "Ask for at least one sample.")
+    picture = _new_file("out", out)
+    plots.check_picture(out)
     set_, sampler, networks = _source(run, pipeline, data, steps, checkpoint)
     with torch.no_grad(), writing(out, "out", _ELSEWHERE):
-        draw_picture(set_, sampler, num, seed, _new_file("out", out), networks)
+        draw_picture(set_, sampler, num, seed, picture, networks)
     Console().print(f"{num} samples, {sampler.nfe} network evaluations each: {out}", soft_wrap=True)
     return out
 
@@ -66,11 +68,13 @@ def evaluate(
     data: DictConfig | None = None,
 ) -> dict[str, Any]:
     """Measure num_samples samples of a run or a pipeline folder; returns and optionally writes figures and protocol."""
+    if metrics == ():
+        raise UserError("metrics", "must name a metric", "[]", "Leave it out for those that fit the data.")
+    if out is not None:
+        _new_file("out", out)
     judge = Evaluation(0, num_samples, num_samples, metrics, seed, batch_size, replicates, "none", prdc_space)
     set_, sampler, networks = _source(run, pipeline, data, steps, checkpoint)
     judge.check(set_)
-    if out is not None:
-        _new_file("out", out)
     figures, protocol = harness.evaluate(sampler, set_, judge, *where(networks))
     Console().print(harness.table([(run or pipeline or "", figures)]))
     result = {"schema": SCHEMA, "source": run or pipeline, "figures": figures, "protocol": protocol.to_json()}
@@ -87,6 +91,8 @@ def export(
 
     steps: network calls, None is what the generator was made for.
     """
+    if Path(out).exists() or Path(out).is_symlink():
+        raise UserError("out", "must not exist yet", out, "Name another folder.")
     recipe, settings = load_run(run, checkpoint)
     generator = with_steps(recipe.distiller.generator, steps)
     summary = Path(run) / "summary.json"
@@ -123,8 +129,11 @@ def _source(
 
 
 def _new_file(key: str, path: str) -> Path:
-    """A path whose folder exists and that is no folder itself."""
+    """A path whose folder exists and that is no folder itself, nor a file that a run wrote."""
     file = Path(path)
+    for folder in file.absolute().parents:
+        if file.exists() and RunFolder(folder).config_file.is_file() and RunFolder(folder).checkpoints.is_dir():
+            raise UserError(key, "must not replace a file of a run", path, "Name another file.")
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise UserError(key, "must name a file in an existing folder", path, "Make the folder, or name a file.")
     return file

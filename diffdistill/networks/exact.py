@@ -21,12 +21,28 @@ MAX_MODES = 1000
 Form = Literal["denoiser", "flow_map", "flow_map_f", "average", "generator", "signal"]
 
 
+def check_points(dim: int, classes: int, shape: tuple[int, ...], num_classes: int) -> None:
+    """Refuse data that a network of points [dim] with `classes` classes cannot take; 0 classes take no labels."""
+    if tuple(shape) != (dim,):
+        fix = "Choose data and networks that belong together."
+        raise UserError("networks", f"must denoise samples of the data's shape {list(shape)}", f"one for {[dim]}", fix)
+    if classes and classes != num_classes:
+        fix = "Choose data and networks that belong together."
+        raise UserError("networks", f"must have the data's number of classes, {num_classes}", classes, fix)
+
+
 class _Analytic(nn.Module):
     """What exact networks share: state and time are fed as they are."""
 
     process: NoiseProcess
     kind: Kind
     null: Cond | None
+    dim: int
+    num_classes: int  # without the null condition; 0 is unconditional
+
+    def check(self, shape: tuple[int, ...], num_classes: int) -> None:
+        """Raise UserError unless it denoises samples of `shape` with labels 0 to num_classes - 1."""
+        check_points(self.dim, self.num_classes, shape, num_classes)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -65,7 +81,7 @@ class Gaussian(_Analytic):
         self.mean, self.std = nn.Parameter(means, trainable), nn.Parameter(stds, trainable)
         rows = means.shape[0]
         self.null = {"label": torch.tensor([rows - 1])} if rows > 1 else None
-        self.dim = means.shape[1]
+        self.dim, self.num_classes = means.shape[1], rows - 1
 
     @property
     def kind(self) -> Kind:  # type: ignore[override]
@@ -162,7 +178,7 @@ class Mixture(_Analytic):
         require_positive(std=std)
         self.process, self.kind = process, X0
         self.register_buffer("centres", torch.tensor([list(row) for row in centres], dtype=torch.float64))
-        self.std, self.dim = std, len(centres[0])
+        self.std, self.dim, self.num_classes = std, len(centres[0]), len(centres)
         self.null: Cond | None = {"label": torch.tensor([len(centres)])}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:

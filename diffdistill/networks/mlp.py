@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError, require_at_least
+from diffdistill.networks.exact import check_points
 from diffdistill.networks.files import resolve, seeded
 from diffdistill.networks.inputs import sinusoid
 from diffdistill.process import EDM, F
@@ -93,6 +94,10 @@ class Mlp(nn.Module):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.layers)
+
+    def check(self, shape: tuple[int, ...], num_classes: int) -> None:
+        """Raise UserError unless it denoises samples of `shape` with labels 0 to num_classes - 1."""
+        check_points(self.config["dim"], self.config["num_classes"], shape, num_classes)
 
     def scale(self, t: Tensor) -> Tensor:
         alpha, sigma = self.process.alpha_sigma(t)

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffdistill.errors import UserError
 from diffdistill.process import NoiseProcess
 from diffdistill.rng import Rng
-from diffdistill.solvers import Grid
+from diffdistill.solvers import MAX_STEPS, Grid
 from diffdistill.times import TimeLaw
 
 # (rng, process) -> t, r with t > r >= t_min, [B] float64; rng.step is where a curriculum stands
@@ -32,8 +32,8 @@ class ConstantSteps:
     num_steps: int
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise UserError("num_steps", "must be >= 1", self.num_steps, "The paper uses 39.")
+        if not 1 <= self.num_steps <= MAX_STEPS:
+            raise UserError("num_steps", f"must lie in 1..{MAX_STEPS}", self.num_steps, "The paper uses 39.")
 
     def __call__(self, step: int) -> int:
         return self.num_steps
@@ -51,8 +51,9 @@ class DoublingSteps:
     total_steps: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.first <= self.last:
-            raise UserError("first, last", "must satisfy 1 <= first <= last", (self.first, self.last), "Mend them.")
+        if not 1 <= self.first <= self.last <= MAX_STEPS:
+            constraint = f"must satisfy 1 <= first <= last <= {MAX_STEPS}"
+            raise UserError("first, last", constraint, (self.first, self.last), "The paper uses 10 and 1280.")
         if self.total_steps < 1:
             raise UserError("total_steps", "must be >= 1", self.total_steps, "Give it trainer.steps.")
 
