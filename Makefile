@@ -53,7 +53,7 @@ chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills 100 $(ARGS)
 
 fuzz: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --lines 10000 --real 200 --jobs 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --lines 10000 --real 200 $(ARGS)
 
 versions:
 	@.ci/versions
