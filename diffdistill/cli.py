@@ -31,7 +31,11 @@ VERBS = {
         "diffdistill.launch:train",
         "train",
         "distil a teacher into a one- or few-step generator (or train a teacher)",
-        ("train experiment=digits_dmd2 run_dir=runs/x", "train data=gmm2d distiller=dmd2 trainer.steps=500"),
+        (
+            "train experiment=digits_dmd2 run_dir=runs/x",
+            "train data=gmm2d distiller=dmd2 trainer.steps=500",
+            "train run_dir=runs/x resume=true",
+        ),
     ),
     "sample": Verb(
         "diffdistill.verbs:sample",

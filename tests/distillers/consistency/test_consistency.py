@@ -185,3 +185,15 @@ def test_a_student_of_all_times_exports_any_number_of_steps(tmp_path: Path) -> N
     assert json.loads((folder / "call.json").read_text())["call"] == {"timesteps": [24, 0]}
     one = write(recipe, tmp_path / "one", settings, {})
     assert json.loads((one / "call.json").read_text())["call"] == {}
+
+
+PAIRS = sorted(path.stem for path in (Path(__file__).parents[3] / "configs" / "distiller" / "pairs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_shipped_law_of_pairs_moves_a_wrong_student_back(name: str) -> None:
+    recipe = gauss_recipe("consistency", f"distiller/pairs={name}", "trainer.steps=100")
+    place(recipe, 0.4, 1.3)
+    for key, (mean, error) in mean_gradient(recipe, repeats=40, size=1024).items():
+        total, spread = float(mean.sum()), float(error.square().sum().sqrt())
+        assert total > 4 * spread, (key, total, spread)
