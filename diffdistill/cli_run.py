@@ -46,7 +46,13 @@ def run(verb: Verb, options: Mapping[str, str], overrides: Sequence[str]) -> int
     words = words if folder is None else [f"hydra.searchpath=[file://{os.path.abspath(folder)}]", *words]
     if not set(options) - {"--config-dir"}:  # one job: composing once does, hydra.main composes twice
         return _status(call(composed(verb.config, words), function_of(verb)))
-    return _main(verb, options, words)
+    if "--info" not in options:
+        return _main(verb, options, words)
+    shown = io.StringIO()  # it is printed while Hydra composes: not before that is known to work
+    with contextlib.redirect_stdout(shown):
+        status = _main(verb, options, words)
+    print(shown.getvalue(), end="")
+    return status
 
 
 def _main(verb: Verb, options: Mapping[str, str], words: Sequence[str]) -> int:

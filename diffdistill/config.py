@@ -7,10 +7,11 @@ will be given to; `config_errors` turns the exceptions of Hydra and OmegaConf in
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from hydra.types import RunMode
@@ -169,6 +170,9 @@ def _build(value: Any, key: str, injected: Mapping[str, Any]) -> Any:
     hints = parameters(target)
     keywords = {name: convert(item, hints.get(name)) for name, item in inner.items()}
     later = value.get("_partial_", False) and not injected
+    if injected and (missing := _missing(target, {*keywords, *injected})):
+        full = dot(key, missing)
+        raise UserError(full, f"is required by {target.__qualname__}", "nothing", f"Add {full}=VALUE.")
     try:
         if not later:
             return target(**keywords, **injected)
@@ -180,6 +184,15 @@ def _build(value: Any, key: str, injected: Mapping[str, Any]) -> Any:
         raise RefusedError(key or value["_target_"], str(error)) from error
     # nothing bound: the function or class itself, which code may compare by identity
     return functools.partial(target, **keywords) if keywords or isinstance(target, type) else target
+
+
+def _missing(target: Callable[..., Any], given: Collection[str]) -> str | None:
+    """The first parameter without a default that is not given: a configuration may have left out a key of a partial."""
+    for name, parameter in inspect.signature(target).parameters.items():
+        named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if named and parameter.default is parameter.empty and name not in given:
+            return name
+    return None
 
 
 def _in_node(error: UserError, key: str, hints: Mapping[str, Any]) -> UserError:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +20,10 @@ from .config_types import did_you_mean, short
 from .errors import UserError
 
 _QUOTED = "'key=[1,2]' or 'key=\"a, b\"'."
+
+
+# What Hydra itself lets through for some overrides, as an assertion for +group=${other}.
+_HYDRAS = (ValueError, TypeError, KeyError, AssertionError)
 
 
 def explain(error: BaseException, verb: str, overrides: Sequence[str]) -> UserError | None:
@@ -33,6 +39,9 @@ def explain(error: BaseException, verb: str, overrides: Sequence[str]) -> UserEr
         return _unknown_option(error, verb)
     if isinstance(error, UserError):
         return error
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = Path(str(error.filename)).stem
+        return UserError("a name", "must be one that a file can have", short(repr(name)), "Shorten it.")
     if type(error) is ValueError and "Config group override must be" in str(error):
         return _no_name(overrides)
     if type(error) is TypeError and any(isinstance(_plain(text), list) for text in overrides):
@@ -45,8 +54,8 @@ def explain(error: BaseException, verb: str, overrides: Sequence[str]) -> UserEr
                 return make(found, verb, overrides)
     if isinstance(cause, OmegaConfBaseException):
         return _omegaconf(cause, overrides)
-    if isinstance(error, (HydraException, YAMLError)) or type(error) in (ValueError, TypeError, KeyError):
-        text = " ".join(str(error).split())
+    if isinstance(error, (HydraException, YAMLError)) or type(error) in _HYDRAS:
+        text = " ".join(str(error).split()) or "Hydra cannot."
         return UserError("the command line", "must compose to one configuration", _given(overrides), text)
     return None
 

@@ -67,7 +67,7 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             guidance_interval=interval,
         )
     distiller = build(settings["distiller"], networks=networks)
-    sampler = build(settings["sampler"])(networks["teacher"])
+    sampler = build(settings["sampler"], denoiser=networks["teacher"])
     return Recipe(data, networks, distiller, needs, sampler)
 
 

@@ -342,6 +342,10 @@ LINES = {
     "an option alone": (["--package", "trainer"], "--package must go with --cfg"),
     "two options": (["--multirun", "--cfg", "job"], "--multirun must not go with --cfg"),
     "no folder of files": (["--config-dir", "nowhere"], "--config-dir must name a folder"),
+    "a name longer than a file's": (["trainer=" + "x" * 5000], "must be one that a file can have"),
+    "a grid left out": (["~sampler.grid"], "sampler.grid is required by ode_sampler, got nothing"),
+    "a group in a value": (["+trainer=${data}"], "the command line must compose to one configuration"),
+    "a mistake under --info": (["trainer=nowhere", "--info", "defaults"], "trainer must be one of"),
     "a key with @": (["data@networks=gmm2d"], "data@networks is not a key of train"),
 }
 
