@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffdistill.errors import UserError
+from diffdistill.hashing import file_sha256
 
 SCHEMA = 2  # 1: weights and averages alone, no manifest; good for sampling, not for going on
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -102,6 +103,18 @@ def prune(folder: Path, last: int, best: int | None) -> None:
             _remove(path)
 
 
+def set_aside(folder: Path, after: int) -> None:
+    """Rename the checkpoints behind step `after`, which a run that goes on from there had to pass over as damaged.
+
+    Left in place they would count among the newest, and pruning would take good ones for them.
+    """
+    for path in steps(folder):
+        if int(path.name.removeprefix("step-")) > after:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+
+
 def clean(folder: Path) -> None:
     """Remove what a killed process left half written or half removed. Only for the process that holds the run."""
     for path in [*folder.glob(f"{_ASIDE}*"), *folder.glob(f"{_DOOMED}*")]:
@@ -171,9 +184,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def _digest(files: Mapping[str, Any]) -> str:

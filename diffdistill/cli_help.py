@@ -66,13 +66,16 @@ def verb_help(name: str, verb: Verb) -> str:
     lines = [f"usage: diffdistill {name} [key=value ...]", "", verb.summary[0].upper() + verb.summary[1:] + ".", ""]
     lines += ["examples:", *(f"  diffdistill {example}" for example in verb.examples), ""]
     lines += ["keys:", textwrap.indent(_keys(root), "  "), ""]
-    groups = {group: options for group, options in config_files.groups().items() if group in defaults}
+    every = config_files.groups()
+    groups = {group: options for group, options in every.items() if group in defaults}
     if groups:
         lines += ["groups (the default marked *):"]
         for group, options in groups.items():
             default = _resolve(defaults[group], defaults)
             marked = ", ".join(f"{option}*" if option == default else option for option in options)
             lines += textwrap.wrap(f"{group}={marked}", 110, initial_indent="  ", subsequent_indent="      ")
+            for inner in (name for name in every if name.startswith(f"{group}/")):  # of some of its options
+                lines.append(f"  {inner}={', '.join(every[inner])}")
         lines += [""]
     for group in groups:
         body = _keys(config_files.text(f"{group}/{_resolve(defaults[group], defaults)}"))

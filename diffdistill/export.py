@@ -23,6 +23,7 @@ from diffdistill.errors import UserError
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.protocol import Protocol
 from diffdistill.generator import Generator, fresh_from_t_min
+from diffdistill.hashing import file_sha256
 from diffdistill.networks.diffusers import UNet2D
 from diffdistill.networks.files import resolve
 from diffdistill.networks.inputs import EmbeddingWithInputs
@@ -225,8 +226,6 @@ def _write_pipeline(
 
 
 def _write_model(recipe: Recipe, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    import hashlib
-
     network = recipe.networks.standalone("student")
     if isinstance(network, Mlp):
         network.save(folder)
@@ -236,7 +235,7 @@ def _write_model(recipe: Recipe, folder: Path, settings: Mapping[str, Any], summ
         description = _unet_description(network)
     (folder / "README.md").write_text(_model_readme(recipe, description, settings, summary))
     if summary.get("student"):
-        weights = hashlib.sha256(next(folder.glob("*.safetensors")).read_bytes()).hexdigest()
+        weights = file_sha256(next(folder.glob("*.safetensors")))
         figures, protocol = dict(summary["student"]), Protocol.from_json(summary["protocol"])
         harness.write_card(folder / "metrics.json", figures, protocol, weights, _command(settings))
 

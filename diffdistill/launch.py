@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from diffdistill.config_types import dot, show
 from diffdistill.errors import UserError
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.harness import Evaluation
+from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
 from diffdistill.recipe import Recipe, assemble
@@ -32,7 +32,8 @@ from diffdistill.trainer import Trainer
 from diffdistill.warm_start import warm_start
 
 # What may differ when a run goes on: where it lies and how often it saves, not what it computes.
-_FREE = ("run_dir", "resume", "dry_run", "command", "schema", "trainer.checkpoint_every", "trainer.keep")
+_FREE = ("trainer.checkpoint_every", "trainer.keep")
+_NOT_COMPARED = ("run_dir", "resume", "dry_run", "command", *_FREE)
 Resume = bool | Literal["auto"]
 
 
@@ -70,7 +71,9 @@ def train(
             return _finished(folder, resume)
     accelerator = _accelerator(settings["precision"])
     todo = [part for part in parts(settings, folder, train) if not (part.name and part.folder.is_finished)]
-    first, *later = [_prepared(part, todo, _device(dry_run, index, accelerator)) for index, part in enumerate(todo)]
+    first = _prepared(todo[0], todo, torch.device("meta") if dry_run else accelerator.device)
+    for part in todo[1:]:  # checked by shape before the first begins, built when their turn comes
+        _prepared(part, todo, torch.device("meta"))
     if dry_run:
         Console().print("dry run: the configuration is good, nothing was trained.")
         return None
@@ -80,19 +83,15 @@ def train(
         if not folder.config_file.is_file():
             folder.write_config(settings)
         summary = _run(first, accelerator, resume)
+        del first  # one part's networks at a time
         for part in todo[1:]:
             summary = _run(_prepared(part, [], accelerator.device), accelerator, resume)
     return summary
 
 
-def _device(dry_run: bool, index: int, accelerator: Accelerator) -> torch.device:
-    """Only the first part is built for good before the folder is held; later ones are checked by shape."""
-    return torch.device("meta") if dry_run or index else accelerator.device
-
-
 @dataclass(frozen=True)
 class _Prepared:
-    """A part that was checked and built. fresh: it has no checkpoint to go on from."""
+    """A part that was checked and built."""
 
     part: Part
     recipe: Recipe
@@ -150,7 +149,7 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
 def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> Mapping[str, Any] | None:
     """The settings of the run in `folder`, which the given ones must agree with; None if there is no run to go on.
 
-    Where nothing but the folder was given, its own settings are taken.
+    Where nothing but the folder and free keys were given, its own settings are taken.
     """
     if not folder.config_file.is_file():
         if resume is True:
@@ -159,16 +158,17 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         return None
     stored = folder.read_config("run_dir")
     ours, theirs = (dict(_leaves(OmegaConf.create(_plain(node)))) for node in (settings, stored))
-    if settings["command"]:
+    words = settings["command"].split()
+    free = [key for key in _FREE if any(word.startswith(f"{key}=") for word in words)]
+    if len(words) > len(free):
         for key in dict.fromkeys([*theirs, *ours]):
-            if not key.startswith(_FREE) and ours.get(key) != theirs.get(key):
+            if key not in _NOT_COMPARED and ours.get(key) != theirs.get(key):
                 fix = "Leave it out, or start a new run from the weights: init.student=run:DIR."
                 given = show(ours.get(key))
                 raise UserError(key, f"must be {show(theirs.get(key))}, as in the run that goes on", given, fix)
     kept = {key: settings[key] for key in ("run_dir", "resume", "dry_run")}
-    for key in ("checkpoint_every", "keep"):
-        if f"trainer.{key}=" in settings["command"]:
-            OmegaConf.update(stored, f"trainer.{key}", settings["trainer"][key])
+    for key in free:
+        OmegaConf.update(stored, key, ours[key])
     return {**{str(key): stored[key] for key in stored}, **kept}
 
 
@@ -206,12 +206,6 @@ def _accelerator(precision: str | None) -> Accelerator:
     return accelerator
 
 
-@functools.cache
-def _file_sha256(path: Path) -> str:
-
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _card(networks: Mapping[str, Any]) -> tuple[Path, str]:
     """Where the teacher's card lies and the hash of its weights."""
     folder = Path(resolve(str(networks.get("path", ""))))
@@ -220,4 +214,4 @@ def _card(networks: Mapping[str, Any]) -> tuple[Path, str]:
         raise UserError(
             "evaluation.teacher", "card needs shipped weights", networks.get("_target_"), "Set it to fresh or none."
         )
-    return folder / "metrics.json", _file_sha256(weights)
+    return folder / "metrics.json", file_sha256(weights)

@@ -11,6 +11,8 @@ from diffdistill.evaluation import harness, plots
 from diffdistill.networks.roles import Networks
 from diffdistill.solvers import Sampler
 
+MOST_CLASSES = 16  # with a column each
+
 
 def draw_picture(
     data: Data, sampler: Sampler, num: int, seed: int, path: Path, networks: Networks | None = None
@@ -20,7 +22,7 @@ def draw_picture(
     labels = torch.arange(num) % data.num_classes if data.num_classes else None
     samples, _ = harness.draw(sampler, data, num, seed, 500, device, dtype, labels)
     if len(data.shape) == 3:
-        plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= 16 else 8)
+        plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= MOST_CLASSES else 8)
     else:
         plots.scatter(samples, data.reference().data, path)
 

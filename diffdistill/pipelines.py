@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from diffdistill.config_errors import first_line
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator
+from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import quiet_diffusers
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler, Sampler
@@ -100,11 +100,7 @@ class PipelineSampler:
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a pipeline folder that decides about its samples, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors") and path.name != CALL)
-    return {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
 
 
 def _contract(folder: Path) -> dict[str, Any]:
@@ -131,7 +127,7 @@ def _check_files(folder: Path, listed: Mapping[str, str]) -> None:
     for name, sha256 in listed.items():
         if not (folder / name).is_file():
             raise _refused(folder / name, "is missing", fix)
-        if _sha256(folder / name) != sha256:
+        if file_sha256(folder / name) != sha256:
             raise _refused(folder / name, "changed since the export", fix)
     for path in sorted(folder.rglob("*.json")):
         if not isinstance(_json(path), dict):

@@ -14,6 +14,7 @@ from diffdistill.config_check import check_keywords
 from diffdistill.data import Data
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
+from diffdistill.networks.files import seeded
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler
@@ -53,9 +54,8 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             fix = "The network has no null condition: distiller.null_share=0 trains without one."
         raise UserError("distiller", f"needs {', '.join(missing)}", given, fix)
     example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}
-    with torch.random.fork_rng(devices=[]):
-        # heads and adapters are drawn from torch's own generator: the run's seed decides them too
-        torch.manual_seed(Rng(int(settings["trainer"]["seed"]), phase="networks").torch_seed())
+    # heads and adapters are drawn from torch's own generator: the run's seed decides them too
+    with seeded(Rng(int(settings["trainer"]["seed"]), phase="networks").torch_seed()):
         networks = Networks(
             teacher,
             roles,

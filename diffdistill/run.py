@@ -19,7 +19,7 @@ from diffdistill.evaluation import harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
-from diffdistill.pictures import draw_picture
+from diffdistill.pictures import MOST_CLASSES, draw_picture
 from diffdistill.recipe import Recipe
 from diffdistill.run_folder import RunFolder, writing
 from diffdistill.solvers import Sampler
@@ -28,7 +28,6 @@ from diffdistill.trainer import Progress, Trainer
 from diffdistill.training_state import TrainingState
 
 SCHEMA = 1  # of summary.json
-MOST_CLASSES = 16  # shown in a picture
 
 
 class Run:
@@ -108,6 +107,7 @@ class Run:
             self.folder.write_config(self.settings)
         self.folder.cut_metrics(step)
         checkpoint.clean(self.folder.checkpoints)
+        checkpoint.set_aside(self.folder.checkpoints, step)
         for path in [self.folder.path / "pipeline", *self.folder.path.glob(".pipeline-*")]:
             shutil.rmtree(path, ignore_errors=True)
 

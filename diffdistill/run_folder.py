@@ -122,9 +122,10 @@ class RunFolder:
             raise UserError(key, "must be a folder that `diffdistill train` wrote", str(self.path), fix)
         try:
             settings = OmegaConf.load(self.config_file)
-            assert isinstance(settings, DictConfig)
+            if not isinstance(settings, DictConfig):
+                raise ValueError("it holds no mapping")
             schema = settings.pop("schema", 1)
-        except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, AssertionError, OSError) as error:
+        except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
             first = " ".join(str(error).split())[:200]
             raise UserError(key, "must hold a readable config.yaml", str(self.config_file), first) from error
         if not isinstance(schema, int) or not 1 <= schema <= SCHEMA:
@@ -192,7 +193,8 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
     """A JSON object; UserError, naming `key` and the file, if it cannot be read."""
     try:
         values = json.loads(path.read_text())
-        assert isinstance(values, dict)
-    except (OSError, ValueError, AssertionError) as error:
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError) as error:
         raise UserError(key, "must hold readable JSON", str(path), f"{type(error).__name__}: {error}"[:200]) from error
     return values

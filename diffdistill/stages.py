@@ -8,6 +8,7 @@ A key that a stage gives replaces the run's key whole; `roles` and `init` it has
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ def parts(settings: Mapping[str, Any], folder: RunFolder, verb: Any) -> list[Par
     found: list[Part] = []
     for name, own in (settings["stages"] or {}).items():
         key = f"stages.{name}"
+        if not re.fullmatch(r"\w[\w-]*", str(name)):  # it names a folder inside run_dir
+            raise UserError(key, "must be named by letters, digits, _ and -", repr(name), "Rename the stage.")
         if not isinstance(own, Mapping | DictConfig) or not own:
             raise UserError(
                 key, "must be a mapping of keys of train", show(own), f"Write for example {key}.trainer=..."

@@ -14,7 +14,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffdistill.config_types import show
 from diffdistill.data import Data
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, Transition
 from diffdistill.errors import UserError, require_at_least
@@ -291,7 +290,7 @@ class Trainer:
                 raise UserError(
                     f"trainer.{key}.{unknown[0]}",
                     f"must be default or among {networks.trainable}",
-                    show(values[unknown[0]]),
+                    repr(values[unknown[0]]),
                     "Mend the name.",
                 )
         for key in ("optimizer", "lr"):

@@ -19,10 +19,9 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from interruption import assert_equal
 
 from diffdistill import checkpoint
 from diffdistill.cli import main
@@ -116,20 +115,12 @@ def last_logged(folder: Path) -> int:
     return found
 
 
-def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]], dict[str, Any]]:
-    """Tensors, metrics without times, and the rest of the last checkpoint without times."""
-    last = checkpoint.steps(folder / "checkpoints")[-1]
-    tensors = {f"{p.name}/{k}": v for p in sorted(last.glob("*.safetensors")) for k, v in load_file(p).items()}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
-    values = json.loads((last / "state.json").read_text())
-    return tensors, metrics, {k: v for k, v in values.items() if k not in ("seconds", "peak_bytes")}
-
-
 def same(ours: Path, theirs: Path) -> bool:
-    (a, metrics_a, values_a), (b, metrics_b, values_b) = outcome(ours), outcome(theirs)
-    equal = a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    return equal and metrics_a == metrics_b and values_a == values_b
+    try:
+        assert_equal(ours, theirs)
+    except AssertionError:
+        return False
+    return True
 
 
 def run(kills: int, seed: int, place: Path, steps: int) -> Report:

@@ -292,3 +292,17 @@ def test_samples_do_not_depend_on_how_the_batch_is_split():
     whole = generator.sample(z, {}, Rng(0, 0, "s", range(B)))
     parts = [generator.sample(z[a:b], {}, Rng(0, 0, "s", range(a, b))) for a, b in ((0, 2), (2, B))]
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_another_number_of_steps_needs_a_student_that_knows_times_for_it():
+    from diffdistill.solvers import karras_few
+
+    student = Denoiser(Gaussian(EDM(0.002, 20.0), [[0.7]], [[1.3]]))
+    own = Generator(student, (2.5,))
+    assert own.with_steps(1) is own
+    with pytest.raises(UserError, match="steps must be 1"):
+        own.with_steps(2)
+    any_number = Generator(student, (2.5,), few_steps=lambda process, num: karras_few(process, num, 24))
+    times = any_number.with_steps(3).times
+    assert times[0] == 2.5  # from the student's own first time, not from t_max
+    assert len(times) == 3

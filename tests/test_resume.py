@@ -9,14 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from interruption import KilledError, assert_equal, killed_after
 
 from diffdistill import checkpoint
 from diffdistill.cli import main
@@ -54,45 +52,6 @@ def words_of(case: str, tmp_path: Path) -> list[str]:
         (tmp_path / "configs" / "distiller" / "both.yaml").write_text(COMPOSITE)
         words.append(str(tmp_path / "configs"))
     return [*BASE, *INTERIM, *words]
-
-
-class KilledError(BaseException):
-    """Stands for a kill: nothing after it runs."""
-
-
-@contextmanager
-def killed_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> Iterator[None]:
-    """The process dies in the middle of a step, after this many optimizer updates."""
-    original, count = Trainer.update, [0]
-
-    def update(self: Trainer, *args: Any) -> Any:
-        count[0] += 1
-        if count[0] > updates:
-            raise KilledError
-        return original(self, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "update", update)
-        with pytest.raises(KilledError):
-            yield
-
-
-def everything(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """Tensors of the last checkpoint by file and name, metrics without times, the state's values without times."""
-    last = checkpoint.steps(folder / "checkpoints")[-1]
-    tensors = {f"{p.name}/{k}": v for p in sorted(last.glob("*.safetensors")) for k, v in load_file(p).items()}
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.startswith("time/") and "latency" not in k} for line in lines]
-    values = json.loads((last / "state.json").read_text())
-    return tensors, metrics, {k: v for k, v in values.items() if k not in ("seconds", "peak_bytes")}
-
-
-def assert_equal(ours: Path, theirs: Path) -> None:
-    (a, metrics_a, values_a), (b, metrics_b, values_b) = everything(ours), everything(theirs)
-    assert a.keys() == b.keys()
-    assert [key for key in a if not torch.equal(a[key], b[key])] == []
-    assert metrics_a == metrics_b
-    assert values_a == values_b
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -133,6 +92,20 @@ def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         main([*QUICK, f"run_dir={folder}"])
     assert [path.name for path in checkpoint.steps(folder / "checkpoints")] == [f"step-{n:08d}" for n in (3, 6, 9)]
     return folder
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_never_counts_as_the_newest(
+    interrupted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one checkpoint kept, a damaged later one in its place would leave none that is whole."""
+    checkpoints = interrupted / "checkpoints"
+    spoil(checkpoints / "step-00000009", "missing file")
+    often = ["train", f"run_dir={interrupted}", "resume=true", "trainer.keep=1", "trainer.checkpoint_every=1"]
+    with killed_after(monkeypatch, 1):
+        main(often)
+    assert [path.name for path in checkpoint.steps(checkpoints)] == ["step-00000007"]
+    assert (checkpoints / "damaged-step-00000009").is_dir()
+    assert main(often) == 0
 
 
 @pytest.mark.parametrize("damage", ["flipped byte", "missing file", "cut state", "no manifest", "edited manifest"])

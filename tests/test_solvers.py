@@ -16,7 +16,20 @@ from diffdistill.networks.call import recorded_passes
 from diffdistill.networks.exact import Gaussian, Mixture, circle
 from diffdistill.process import EDM, VP, X0, RectifiedFlow, Trig
 from diffdistill.rng import Rng
-from diffdistill.solvers import DPMpp2M, ddim, euler, heun, karras, logit_normal, ode_sampler, sample, trailing, uniform
+from diffdistill.solvers import (
+    DPMpp2M,
+    ddim,
+    euler,
+    heun,
+    heun_to_end,
+    karras,
+    karras_few,
+    logit_normal,
+    ode_sampler,
+    sample,
+    trailing,
+    uniform,
+)
 
 # narrow enough that a few dozen steps are in the asymptotic regime
 PROCESSES = {
@@ -294,3 +307,29 @@ def test_sampling_keeps_no_graph_but_sample_lets_gradients_through():
 def test_a_sampler_without_steps_is_refused():
     with pytest.raises(UserError, match="sampler.num_steps must lie in 1..10000, got 0"):
         ode_sampler(gaussian(EDM()), heun, karras, 0)
+
+
+def test_heun_to_end_is_heun_but_ddim_where_it_ends_also_for_kinds_that_are_singular_there():
+    """BoundaryF has no velocity at t_min: plain Heun gives nan there (Song et al. 2023, appendix C)."""
+    network = Gaussian(EDM(0.002, 20.0), [[0.7]], [[1.3]], form="flow_map_f")
+    denoiser = Denoiser(network)
+    x, t = torch.tensor([[3.0], [0.4], [1.0]], dtype=torch.float64), torch.tensor([5.0, 0.1, 2.0], dtype=torch.float64)
+    s = torch.tensor([2.0, 0.002, 0.002], dtype=torch.float64)
+    got = heun_to_end(denoiser, x, t, s, {})
+    assert torch.allclose(got[:1], heun(denoiser, x[:1], t[:1], s[:1], {}), rtol=1e-12)
+    assert torch.allclose(got[1:], ddim(denoiser, x[1:], t[1:], s[1:], {}), rtol=1e-12)
+    assert not heun(denoiser, x[1:], t[1:], s[1:], {}).isfinite().all()
+
+
+def test_a_few_steps_lie_on_the_levels_of_the_karras_grid():
+    process = EDM(0.002, 80.0)
+    levels = karras(process, 39)
+    assert karras_few(process, 1, 24) == (80.0,)
+    assert karras_few(process, 2, 24) == (levels[0], levels[24])
+    assert karras_few(process, 4, 24) == tuple(levels[index] for index in (0, 8, 16, 24))
+    assert karras_few(process, 2, 24)[1] == pytest.approx(0.821, abs=0.003)  # the second step of the papers
+    for wrong in (0, 26):
+        with pytest.raises(UserError, match="steps must lie in"):
+            karras_few(process, wrong, 24)
+    with pytest.raises(UserError, match="last must lie in"):
+        karras_few(process, 2, 39)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from interruption import assert_equal, killed_after
 
-from diffdistill import checkpoint
 from diffdistill.cli import main
 from diffdistill.config import compose
 from diffdistill.recipe import assemble
@@ -150,27 +148,13 @@ def test_two_stages_in_one_configuration(two: list[str], tmp_path: Path) -> None
 def test_a_kill_in_any_stage_is_gone_on_from_bit_for_bit(
     updates: int, two: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffdistill.trainer import Trainer
-
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert main([*two, f"run_dir={whole}"]) == 0
-    original, count = Trainer.update, [0]
-
-    def update(self: Trainer, *args: Any) -> Any:
-        count[0] += 1
-        if count[0] > updates:
-            raise KeyboardInterrupt
-        return original(self, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "update", update)
-        assert main([*two, f"run_dir={broken}"]) == 130
+    with killed_after(monkeypatch, updates):
+        main([*two, f"run_dir={broken}"])
     assert main([*two, f"run_dir={broken}", "resume=auto"]) == 0
     for part in ("", "stages/warm"):
-        ours, theirs = (checkpoint.steps(folder / part / "checkpoints")[-1] for folder in (whole, broken))
-        for path in ours.glob("*.safetensors"):
-            a, b = load_file(path), load_file(theirs / path.name)
-            assert all(torch.equal(a[key], b[key]) for key in a), path
+        assert_equal(whole / part, broken / part)
 
 
 STAGE_MISTAKES = [
@@ -183,6 +167,7 @@ STAGE_MISTAKES = [
     ("+stages.late.trainer=3", "stages.late.trainer"),
     ("+stages.late=3", "stages.late"),
     ("stages=3", "stages must be"),
+    ("+stages.'../up'.trainer.steps=3", "stages"),
     ("init.fake_score=stage:warm", "fake_score"),
 ]
 

@@ -91,7 +91,7 @@ class EasyPairs:
     """t from `law` and r / t = 1 - q^-(k+1) (1 + gain sigmoid(-slope t)) on noise levels, at stage k of num_stages.
 
     Stage k begins at step k total_steps / num_stages. Where the ratio is not positive r is t_min, so that q = 2 starts
-    near denoising; it is held below .999. t is held at twice t_min or more: a pair needs two times.
+    near denoising; it is held below .999. t is held at twice t_min and at level .001 or more: a pair needs two times.
     Geng et al. 2024 (ECT), arXiv:2406.14548, section 3 and appendix.
     """
 
