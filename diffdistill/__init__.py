@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["UserError", "doctor", "evaluate", "export", "sample", "train"]
+__all__ = ["UserError", "compare", "doctor", "evaluate", "export", "sample", "train"]
 
 
 def train(*overrides: str, **keys: Any) -> Any:
@@ -38,6 +38,11 @@ def evaluate(*overrides: str, **keys: Any) -> Any:
 def export(*overrides: str, **keys: Any) -> Any:
     """Write a run's generator for others to load: `diffdistill export`."""
     return _verb("export", overrides, keys)
+
+
+def compare(*overrides: str, **keys: Any) -> Any:
+    """Train several methods under one budget: `diffdistill compare`."""
+    return _verb("compare", overrides, keys)
 
 
 def doctor(*overrides: str, **keys: Any) -> Any:

@@ -55,6 +55,15 @@ VERBS = {
         "write a run's generator as a diffusers pipeline folder, verified",
         ("export run=runs/x out=my_pipeline",),
     ),
+    "compare": Verb(
+        "diffdistill.compare:compare",
+        "compare",
+        "train several methods under one budget, into one table with pictures",
+        (
+            "compare data=gmm2d budget.iterations=400",
+            "compare data=digits 'distillers=[dmd2,sid]' budget.seconds=120 out=runs/two",
+        ),
+    ),
     "doctor": Verb(
         "diffdistill.doctor:doctor",
         "doctor",

@@ -98,6 +98,8 @@ def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
             raise UserError("run_dir", "must be given to go on with a run", "null", "Add run_dir=DIR.")
         name = hydra_node.runtime.choices.get("experiment") or "run"
         cfg.run_dir = _default_run_dir(name, hydra_node.job.num if hydra_node.mode == RunMode.MULTIRUN else None)
+    if "data_name" in cfg:
+        cfg.data_name = hydra_node.runtime.choices.get("data")
     if "command" in cfg and cfg.command is None:
         words = [word for word in hydra_node.overrides.task if not word.startswith(("run_dir=", "dry_run=", "resume="))]
         cfg.command = " ".join(words)

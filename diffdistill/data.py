@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,7 +162,17 @@ class Mixture2D:
         """10,000 draws with a seed of their own."""
         rng = Rng(20240717, 0, "reference", range(10_000))
         labels = uniform_classes(rng, self.num_modes)["label"]
-        return Reference(self.name, self._draw(rng, labels, torch.float32), labels)
+        return Reference(self.name, self._draw(rng, labels, torch.float32), labels, self)
+
+    @property
+    def centres(self) -> Tensor:
+        """Of the modes, [num_modes, 2]."""
+        return torch.tensor(circle(self.num_modes, self.radius), dtype=torch.float64)
+
+    def log_density(self, x: Tensor) -> Tensor:
+        """log p(x) in nats of points [n, 2], [n]."""
+        distance = torch.cdist(x.double(), self.centres).square() / (2 * self.std**2)
+        return torch.logsumexp(-distance, 1) - math.log(self.num_modes * 2 * math.pi * self.std**2)
 
     def features(self) -> None:
         return None

@@ -54,6 +54,16 @@ class Guidance:
     def is_identity(self) -> bool:
         return not isinstance(self.scale, Tensor) and self.scale == 1
 
+    @property
+    def is_unconditional(self) -> bool:
+        """w = 0 at all times: the null condition alone, one pass."""
+        return not isinstance(self.scale, Tensor) and self.scale == 0 and self.interval is None
+
+    @property
+    def passes(self) -> int:
+        """Network calls of one guided call."""
+        return 1 if self.is_identity or self.is_unconditional else 2
+
     def weight(self, t: Tensor) -> Tensor:
         """w for each sample, [B]."""
         w = torch.as_tensor(self.scale, dtype=t.dtype, device=t.device).expand_as(t)
@@ -168,10 +178,12 @@ class Denoiser:
 
     def _guided(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         # every kind is affine in D with the same x_t term, so guiding the raw prediction guides D
-        conditional = self._raw(x_t, t, t, cond)
         if self.guidance is None:
-            return conditional
+            return self._raw(x_t, t, t, cond)
         null = {key: value.expand(x_t.shape[0], *value.shape[1:]) for key, value in self.guidance.null.items()}
+        if self.guidance.is_unconditional:
+            return self._raw(x_t, t, t, {**cond, **null})
+        conditional = self._raw(x_t, t, t, cond)
         unconditional = self._raw(x_t, t, t, {**cond, **null})
         return unconditional + expand(self.guidance.weight(t), x_t) * (conditional - unconditional)
 

@@ -93,8 +93,8 @@ class Generator:
     @property
     def nfe(self) -> int:
         """Network evaluations per sample, guidance counted."""
-        guided = isinstance(self.student, Denoiser) and self.student.guidance is not None
-        return len(self.times) * (2 if guided else 1)
+        guidance = self.student.guidance if isinstance(self.student, Denoiser) else None
+        return len(self.times) * (1 if guidance is None else guidance.passes)
 
     def with_steps(self, num_steps: int) -> Generator:
         """The same student with another number of steps, from the same first time.

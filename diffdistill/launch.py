@@ -23,9 +23,10 @@ from diffdistill.evaluation.harness import Evaluation
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
+from diffdistill.pairs import PairSource, with_pairs
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.run import Run
-from diffdistill.run_folder import RunFolder, read_json
+from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.saved_run import load_run
 from diffdistill.stages import Part, parts
 from diffdistill.trainer import Trainer
@@ -51,6 +52,7 @@ def train(
     lora: DictConfig,
     init: dict[str, str],
     stages: dict[str, dict[str, Any]],
+    pairs: DictConfig | None,
     resume: bool | Literal["auto"],
     compile: bool,
     command: str,
@@ -59,7 +61,8 @@ def train(
     """Train, evaluate and export one run; returns its summary (also in run_dir/summary.json).
 
     Everything a user can get wrong is checked before the first step, for every stage; with dry_run that is all that
-    happens. resume: true goes on with the run in run_dir; auto does, or begins where there is none.
+    happens. pairs: a PairSource, for methods that need them. resume: true goes on with the run in run_dir; auto does,
+    or begins where there is none.
     """
     settings: Mapping[str, Any] = dict(locals())
     folder = RunFolder(Path(run_dir))
@@ -98,6 +101,7 @@ class _Prepared:
     trainer: Trainer
     evaluation: Evaluation | None
     teacher_figures: dict[str, Any]
+    pairs: PairSource | None
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -115,8 +119,9 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     if judge is not None:
         judge.check(recipe.data)
         if judge.teacher == "card":
-            figures = harness.read_card(*_card(settings["networks"]), judge, recipe.data, recipe.sampler.nfe)
-    return _Prepared(part, recipe, trainer, judge, figures)
+            figures = harness.read_card(*card_of(settings["networks"]), judge, recipe.data, recipe.sampler.nfe)
+    pairs = build(settings["pairs"]) if "pairs" in settings else None
+    return _Prepared(part, recipe, trainer, judge, figures, pairs)
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -140,7 +145,14 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
     if start is None and resume is True and not part.name and not part.settings["stages"]:
         fix = "resume=auto starts it over."
         raise UserError("resume", "needs a checkpoint", str(part.folder.checkpoints), fix)
-    run = Run(part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures)
+    source, pairs = prepared.pairs, None
+    if "pair" in recipe.needs and source is not None:
+        with writing(source.cache or part.folder.path, "pairs.cache" if source.cache else "run_dir"):
+            pairs = source.pairs(recipe, part.settings, part.folder.path)
+        recipe = with_pairs(recipe, pairs)
+    run = Run(
+        part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, pairs
+    )
     if part.settings["compile"]:
         recipe.networks.compile()
     return run.execute(accelerator, start)
@@ -157,6 +169,8 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
+    if "pairs" not in stored:  # written before there were any: its method needs none
+        stored["pairs"] = settings["pairs"]
     ours, theirs = (dict(_leaves(OmegaConf.create(_plain(node)))) for node in (settings, stored))
     words = settings["command"].split()
     free = [key for key in _FREE if any(word.startswith(f"{key}=") for word in words)]
@@ -206,7 +220,7 @@ def _accelerator(precision: str | None) -> Accelerator:
     return accelerator
 
 
-def _card(networks: Mapping[str, Any]) -> tuple[Path, str]:
+def card_of(networks: Mapping[str, Any]) -> tuple[Path, str]:
     """Where the teacher's card lies and the hash of its weights."""
     folder = Path(resolve(str(networks.get("path", ""))))
     weights = next(iter(sorted(folder.glob("*.safetensors"))), None) if networks.get("path") else None

@@ -43,6 +43,25 @@ def unit_weight(t: Tensor, process: NoiseProcess) -> Tensor:
     return torch.ones_like(t)
 
 
+def eps_weight(t: Tensor, process: NoiseProcess) -> Tensor:
+    """alpha^2/sigma^2: the squared error of the noise prediction. Ho et al. 2020, arXiv:2006.11239."""
+    alpha, sigma = process.alpha_sigma(t)
+    return (alpha / sigma).square()
+
+
+def alpha_eps_weight(t: Tensor, process: NoiseProcess) -> Tensor:
+    """alpha^4/sigma^2: the error of the noise prediction times alpha, squared (SwiftBrush, arXiv:2312.05239)."""
+    alpha, sigma = process.alpha_sigma(t)
+    return (alpha.square() / sigma).square()
+
+
+def velocity_weight(t: Tensor, process: NoiseProcess) -> Tensor:
+    """(alpha' - sigma' alpha/sigma)^2: the squared error of the velocity, flow matching's loss (arXiv:2210.02747)."""
+    alpha, sigma = process.alpha_sigma(t)
+    alpha_rate, sigma_rate = process.rates(t)
+    return (alpha_rate - sigma_rate * alpha / sigma).square()
+
+
 def denoising(denoiser: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, weight: DenoisingWeight) -> Tensor:
     """weight(t) |D(x_t, t) - x0|^2, mean over coordinates, [B]. Minimised by E[x0 | x_t] whatever the weight."""
     x_t = denoiser.process.add_noise(x0, eps, t)

@@ -47,11 +47,15 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
     needs, roles = _asked(part)
     scale, interval = _guidance(settings["guidance"])
     has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
+    if settings.get("pairs") is not None:  # made by the teacher's sampler before the first step
+        has |= {"pair"}
     if missing := sorted(needs - has):
         given = f"data={data.name}, which provides {sorted(has)}"
         fix = "Change one."
         if missing == ["null"]:
             fix = "The network has no null condition: distiller.null_share=0 trains without one."
+        elif missing == ["pair"]:
+            fix = "They are made where pairs is not null: pairs.num says how many."
         raise UserError("distiller", f"needs {', '.join(missing)}", given, fix)
     example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}
     # heads and adapters are drawn from torch's own generator: the run's seed decides them too

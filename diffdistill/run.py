@@ -19,6 +19,7 @@ from diffdistill.evaluation import harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
+from diffdistill.pairs import Pairs
 from diffdistill.pictures import MOST_CLASSES, draw_picture
 from diffdistill.recipe import Recipe
 from diffdistill.run_folder import RunFolder, writing
@@ -41,9 +42,10 @@ class Run:
         trainer: Trainer,
         evaluation: Evaluation | None,
         teacher_figures: dict[str, Any],
+        pairs: Pairs | None = None,
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
-        self.evaluation, self.teacher_figures = evaluation, teacher_figures
+        self.evaluation, self.teacher_figures, self.pairs = evaluation, teacher_figures, pairs
         self.console = Console()
 
     def execute(self, accelerator: Accelerator, start: Checkpoint | None) -> dict[str, Any]:
@@ -157,9 +159,12 @@ class Run:
                 self.console.print(f"no pipeline was written: {reason}", soft_wrap=True)
         summary |= {
             "wall_seconds": round(state.seconds, 2),
+            "cpu_seconds": round(state.cpu_seconds, 2),
             "iterations": state.step,
             "peak_memory_bytes": state.peak_bytes,
         }
+        if self.pairs is not None:
+            summary["pairs"] = self.pairs.summary()
         self.folder.write_summary(summary)
         self._print(summary)
         return summary

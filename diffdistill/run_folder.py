@@ -93,18 +93,18 @@ class RunFolder:
         """Whether something other than a lock lies there."""
         return self.path.exists() and (not self.path.is_dir() or any(p.name != ".lock" for p in self.path.iterdir()))
 
-    def refuse_occupied(self) -> None:
-        """A new run never writes over another, nor below a file."""
+    def refuse_occupied(self, key: str = "run_dir") -> None:
+        """A new run never writes over another, nor below a file. key: what the message names."""
         above = next((p for p in self.path.absolute().parents if p.exists()), None)
         if above is not None and not above.is_dir():
             fix = f"{above} is a file."
-            raise UserError("run_dir", "must lie in a folder", str(self.path), fix)
+            raise UserError(key, "must lie in a folder", str(self.path), fix)
         if not self.occupied():
             return
         fix = "Name another folder, or move this one away."
         if self.config_file.is_file():
             fix = "Go on with it by resume=true, name another folder, or move this one away."
-        raise UserError("run_dir", "must be new or empty", str(self.path), fix)
+        raise UserError(key, "must be new or empty", str(self.path), fix)
 
     def write_config(self, settings: Mapping[str, Any]) -> None:
         plain = {"schema": SCHEMA, **{k: v for k, v in settings.items() if k not in ("dry_run", "resume")}}

@@ -188,7 +188,7 @@ class OdeSampler:
     @property
     def nfe(self) -> int:
         """Network evaluations per sample, guidance counted."""
-        passes = 1 if self.denoiser.guidance is None else 2
+        passes = 1 if self.denoiser.guidance is None else self.denoiser.guidance.passes
         steps = len(self.times) - 1
         return passes * (2 * steps - 1 if self.solver is heun else steps)
 

@@ -71,6 +71,29 @@ class KarrasIndex:
         return grid[first + rng.integers(last - first + 1, (len(rng),))]
 
 
+@dataclass(frozen=True)
+class KarrasUniform:
+    """The Karras interpolation of noise levels at a uniform share of its ascending order, within [low, high].
+
+    SiD's law (arXiv:2404.04057): [0, .8], without a grid.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        _check_share(self.low, self.high)
+        require_positive(rho=self.rho)
+
+    def __call__(self, rng: Rng, process: NoiseProcess, dtype: torch.dtype) -> Tensor:
+        highest, lowest = karras(process, 1, self.rho)  # refuses processes that have no such grid
+        ends = torch.tensor([lowest, highest], dtype=torch.float64, device=rng.device)
+        low, high = process.angle(ends).tan() ** (1 / self.rho)
+        share = self.low + (self.high - self.low) * rng.uniform((len(rng),), dtype)
+        return process.time_at(torch.atan((low + (high - low) * share) ** self.rho).to(dtype))
+
+
 def _check_share(low: float, high: float) -> None:
     if not 0 <= low < high <= 1:
         raise UserError("low, high", "must satisfy 0 <= low < high <= 1", (low, high), "They are shares of the range.")

@@ -143,13 +143,14 @@ class Trainer:
         """
         measured = self._measured(state.distiller)
         while state.step < self.steps:
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
             counter = PeakBytes(self._live(state)) if state.step == measured else nullcontext()
             figures = self._run(state, data, needs, accelerator, counter)
             if isinstance(counter, PeakBytes):
                 state.peak_bytes = counter.peak
             seconds = time.perf_counter() - started
             state.seconds += seconds
+            state.cpu_seconds += time.process_time() - cpu_started
             state.step += 1
             if state.step % self.log_every == 0:
                 progress.log(state.step, {**figures, "time/step_seconds": seconds})

@@ -19,7 +19,8 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 @dataclass
 class TrainingState:
-    """step: steps done.  seconds: of training alone.  peak_bytes: of live tensors in one full step, 0 before that.
+    """step: steps done.  seconds, cpu_seconds: of training alone.  peak_bytes: of live tensors in one full
+    step, 0 before that.
 
     snapshots: name -> weights, of Transitions.  Data and noise need nothing: their draws are keyed by seed and step.
     """
@@ -29,6 +30,7 @@ class TrainingState:
     optimizers: Optimizers
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     peak_bytes: int = 0
     snapshots: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
@@ -55,6 +57,7 @@ class TrainingState:
         """Everything else, as JSON values."""
         return {
             "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
             "peak_bytes": self.peak_bytes,
             "networks": self.networks.counters(),
             "optimizers": {role: self._settings(role) for role in self.optimizers},
@@ -103,6 +106,7 @@ class TrainingState:
         has_tensors = (checkpoint.path / "method.safetensors").is_file()
         self.distiller.load_state_dict(joined(values["method"], checkpoint.tensors("method") if has_tensors else {}))
         self.step, self.seconds, self.peak_bytes = checkpoint.step, values["seconds"], values["peak_bytes"]
+        self.cpu_seconds = values.get("cpu_seconds", 0.0)  # older checkpoints did not count them
 
     def _load_optimizer(self, role: str, checkpoint: Checkpoint) -> None:
         optimizer, saved = self.optimizers[role], checkpoint.values["optimizers"][role]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffdistill.config import compose
+from diffdistill.config import build, compose
 from diffdistill.denoiser import Denoiser, FlowMap, SignalMap
 from diffdistill.distillers.base import Distiller
 from diffdistill.generator import Generator
@@ -47,14 +47,27 @@ def gauss_recipe(name: str, *overrides: str) -> Recipe:
     # several coordinates: per-sample normalisers such as 1 / mean|x0 - D| have no variance in one dimension
     law = [f"{where}.{key}={value}" for where in ("networks", "data") for key, value in (("mean", MEAN), ("std", STD))]
     base = ["data=gauss", f"distiller={name}", "experiment=none", "evaluation=none", "run_dir=none", *law, *overrides]
-    if "null_share" in compose("train", base).distiller:  # one Gaussian has no null condition
-        base.append("distiller.null_share=0")
-    recipe = assemble(compose("train", base))  # type: ignore[arg-type]
+    recipe = assemble(compose("train", [*base, *plain(base)]))  # type: ignore[arg-type]
     form = FORMS[student_type(recipe.distiller)]
     for role in recipe.networks.owned:
         if role.startswith("student"):  # its averages compute what it computes
             recipe.networks[role].network.form = form
     return recipe
+
+
+def plain(words: list[str]) -> list[str]:
+    """Overrides that take away what moves a method's optimum or hides it: null conditions, which one Gaussian lacks,
+    GANs, regressions on pairs of a solver; that give it the exact ratio; and that train copies, which a Gaussian is."""
+    node = compose("train", words).distiller
+    off = {"null_share": 0, "gan_weight": 0, "critic_gan_weight": 0, "regression_weight": 0, "r1_weight": 0}
+    given = {word.split("=")[0] for word in words}
+    found = [f"distiller.{k}={v}" for k, v in off.items() if k in node and f"distiller.{k}" not in given]
+    if "known_ratio" in node:
+        target = "{_target_: diffdistill.networks.exact.gaussian_log_ratio, _partial_: true}"
+        found.append(f"distiller.known_ratio={target}")
+    part = build(compose("train", [*words, *found]).distiller)
+    roles = part.func.roles(**part.keywords)
+    return [*found, *(f"roles.{name}=copy" for name, role in roles.items() if role.modes[0] == "lora")]
 
 
 def place(recipe: Recipe, mean_off: float = 0.0, std_factor: float = 1.0) -> dict[str, Tensor]:

@@ -35,6 +35,8 @@ RANGES: dict[str, tuple[str, ...]] = {
     "batch_size": COUNT,
     "replicates": COUNT,
     "pairs": ("1", "-1"),
+    "cache": ("''", "FINISHED/config.yaml/x", "LONGNAME"),
+    "PairSource.seed": FROM_ZERO,
     "distillers": ("[]", "[nowhere]"),
     "teachers": ("[]", "[nowhere]"),
     "evaluate.steps": COUNT,

@@ -258,7 +258,7 @@ def test_module_and_console_script_are_the_same_command(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("diffdistill ", "bench doctor evaluate export sample train"),
+        ("diffdistill ", "bench compare doctor evaluate export sample train"),
         ("diffdistill bench ", "step"),
         ("diffdistill sample see", "seed="),
         ("diffdistill bench step pai", "pairs="),

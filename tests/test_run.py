@@ -39,7 +39,7 @@ def test_a_run_writes_what_it_promises_and_nothing_else(finished: Path) -> None:
 def test_the_summary_has_its_schema_and_protocol(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary.keys() == {
-        "schema", "teacher", "student", "wall_seconds", "iterations", "peak_memory_bytes", "protocol"
+        "schema", "teacher", "student", "wall_seconds", "cpu_seconds", "iterations", "peak_memory_bytes", "protocol"
     }  # fmt: skip
     assert (summary["teacher"]["nfe"], summary["student"]["nfe"]) == (35, 1)
     assert {"swd", "precision", "recall", "density", "coverage", "latency_ms"} <= summary["student"].keys()

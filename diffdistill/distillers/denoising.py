@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from diffdistill import losses
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.condition import dropped
+from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase
 from diffdistill.errors import UserError
 from diffdistill.networks.roles import Networks, Role
@@ -62,21 +62,6 @@ class Denoising(Distiller):
         student = self.networks["student"]
         t = self.time_law(rng, student.process, torch.promote_types(batch.x0.dtype, torch.float32))
         eps = rng.normal(batch.shape, batch.x0.dtype)
-        cond = self._dropped(batch.cond, rng)
+        cond = dropped(batch.cond, self.networks.teacher.null, self.null_share, rng)
         loss = losses.denoising(student, batch.x0, eps, t, cond, self.weight)
         return Loss({"denoising": loss.mean()})
-
-    def _dropped(self, cond: Cond, rng: Rng) -> Cond:
-        """The condition, replaced per sample by the null condition with probability null_share."""
-        if not self.null_share:
-            return cond
-        drop = rng.uniform((len(rng),)) < self.null_share
-        null = self.networks.teacher.null
-
-        def pick(key: str, value: Tensor) -> Tensor:
-            if key not in null:
-                return value
-            mask = drop.to(value.device).view(-1, *[1] * (value.ndim - 1))
-            return torch.where(mask, null[key].to(value.device), value)
-
-        return {key: pick(key, value) for key, value in cond.items()}

@@ -26,6 +26,7 @@ CARD_SCHEMA = 1
 ON_IMAGES = ("fd_pixel", "fd", "label_agreement", "prdc", "memorised", "latency", "nfe")
 ON_PIXELS = ("fd_pixel", "prdc", "memorised", "latency", "nfe")  # of images without a feature network
 ON_POINTS = ("swd", "prdc", "latency", "nfe")
+ON_MODES = (*ON_POINTS, "modes", "kl", "w2")  # of points whose density is known
 # Values per image up to which fd_pixel is measured unasked: there, 100 replicates of 2,000 samples take five minutes of
 # one core, beyond it their time grows with the third power and a distance of pixels says little.
 FD_PIXEL_VALUES = 1024
@@ -69,9 +70,9 @@ class Evaluation:
         """
         if self.metrics is not None:
             return self.metrics
-        if len(data.shape) != 3:
-            return ON_POINTS
         reference = data.reference()
+        if len(data.shape) != 3:
+            return ON_POINTS if reference.law is None else ON_MODES
         large = reference.data[0].numel() > FD_PIXEL_VALUES
         names = ON_PIXELS if data.features() is None else ON_IMAGES
         return tuple(

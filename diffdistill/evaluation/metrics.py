@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 
-from . import kid, prdc, sliced
+from . import kid, planar, prdc, sliced
 from .features import FeatureNetwork
 from .frechet import CONFIDENCE, frechet_with_interval
 from .neighbours import memorised
@@ -19,8 +19,10 @@ from .protocol import Protocol, tensor_sha256
 
 METRICS = (
     "fd_pixel", "fd", "kid", "prdc", "label_agreement", "memorised", "clip_score", "swd", "latency", "nfe",
+    "modes", "w2", "kl",
 )  # fmt: skip
 ON_FEATURES = ("fd", "kid", "label_agreement")
+ON_LAW = ("modes", "kl")
 BLOCK = 1000
 
 Figures = dict[str, float | list[float]]
@@ -31,11 +33,13 @@ class Reference:
     """A fixed data set that samples are measured against.
 
     data: images [n, C, H, W] in [-1, 1], or points [n, d].  labels: [n] int64, None where the data has no classes.
+    law: the density of points, where it is known.
     """
 
     name: str
     data: Tensor
     labels: Tensor | None
+    law: planar.Law | None = None
 
 
 def check_metrics(
@@ -63,8 +67,16 @@ def check_metrics(
         if name == "label_agreement" and reference.labels is None:
             raise UserError(key, f"must fit the data set: label_agreement needs labels and {reference.name} has none",
                             name, "Leave it out.")  # fmt: skip
+        if name in ON_LAW and reference.law is None:
+            raise UserError(key, f"must fit the data set: {name} needs the density, {reference.name} has none",
+                            name, "Leave it out; swd needs none.")  # fmt: skip
+        if name == "w2" and reference.data.ndim != 2:
+            raise UserError(key, f"must fit the data set: w2 is for points, {reference.name} has images",
+                            name, "Leave it out; fd_pixel and swd are for images.")  # fmt: skip
         smallest = 1
-        if name == "fd_pixel":
+        if name == "kl":
+            smallest = planar.NEIGHBOUR + 1
+        elif name == "fd_pixel":
             smallest = values + 1  # fewer leave the covariance singular
         elif name == "fd":
             smallest = features.dim + 1 if features is not None else 1
@@ -95,7 +107,7 @@ def measure(
     labels: [N] classes the samples were asked for, None where there are none.
     seed, replicates: of the bootstrap behind fd_ci and fd_pixel_ci.
     Returns the figures (fd_pixel, fd_pixel_ci: [lo, hi], fd, fd_ci, kid, swd, label_agreement, precision, recall,
-    density, coverage, memorised: those asked for) and the protocol they hold under.
+    density, coverage, memorised, modes, mode_share, w2, kl: those asked for) and the protocol they hold under.
     prdc_space: whether prdc works on the values themselves or on features.
     Raises UserError as `check_metrics` does, and if a sample is not finite: nothing is replaced by a number.
     """
@@ -115,6 +127,12 @@ def measure(
         figures["memorised"] = memorised(y, x)
     if "swd" in names:
         figures["swd"] = sliced.sliced_wasserstein(y, x)
+    if "modes" in names and reference.law is not None:
+        figures["modes"], figures["mode_share"] = planar.modes(y, reference.law)
+    if "w2" in names:
+        figures["w2"] = planar.wasserstein(y, x)
+    if "kl" in names and reference.law is not None:
+        figures["kl"] = planar.kl(y, reference.law)
 
     if prdc_space == "features" and features is None and "prdc" in names:
         raise UserError("evaluation.prdc_space", f"must be values for {reference.name}, which has no feature network",

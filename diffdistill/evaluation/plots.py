@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,76 @@ def scatter(samples: Tensor, reference: Tensor, path: str | Path) -> None:
     if samples.shape[1] > 1:
         axes.set_aspect("equal")
     axes.legend(loc="upper right", markerscale=4)
+    figure.savefig(str(path), dpi=120)
+
+
+def panels(samples: Mapping[str, Tensor], reference: Tensor, path: str | Path, columns: int) -> None:
+    """Write one panel per name: images [n, C, H, W] in [-1, 1] as a grid of `columns`, points [n, d] over reference.
+
+    Points share one frame, the reference's with a margin; those outside are counted under the title.
+    """
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = min(4, len(samples))
+    down = -(-len(samples) // across)
+    figure = Figure(figsize=(3.6 * across, 3.7 * down), layout="tight")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in grid:
+        axes.axis("off")
+    for axes, (title, values) in zip(grid, samples.items(), strict=False):
+        axes.set_title(title, fontsize=10)
+        if values.ndim == 4:
+            tiles = _torchvision_utils().make_grid(
+                values.float().clamp(-1, 1).add(1).div(2), nrow=columns, padding=1, pad_value=1.0
+            )
+            axes.imshow(tiles.permute(1, 2, 0).numpy(), interpolation="nearest")
+        else:
+            _points(axes, values.float(), reference.float())
+    figure.savefig(str(path), dpi=100)
+
+
+def _points(axes: Any, values: Tensor, reference: Tensor) -> None:
+    low, high = reference.amin(0), reference.amax(0)
+    margin = 0.3 * (high - low)
+    outside = int(((values < low - margin) | (values > high + margin)).any(1).sum())
+    axes.scatter(reference[:, 0], reference[:, -1], s=2, c="0.8", linewidths=0)
+    axes.scatter(values[:, 0], values[:, -1], s=2, c="tab:blue", linewidths=0)
+    axes.set_xlim(float(low[0] - margin[0]), float(high[0] + margin[0]))
+    axes.set_ylim(float(low[-1] - margin[-1]), float(high[-1] + margin[-1]))
+    axes.set_aspect("equal")
+    if outside:
+        axes.text(0.5, 0.0, f"{outside} outside", transform=axes.transAxes, ha="center", fontsize=8)
+
+
+def distance_against_cost(
+    points: Mapping[str, tuple[float, float]], lines: Mapping[str, float], labels: tuple[str, str], path: str | Path
+) -> None:
+    """Plot (cost, distance) of each method on logarithmic axes, and distances without a cost as horizontal lines."""
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5.5), layout="tight")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (name, (cost, distance)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
+        axes.scatter([cost], [distance], s=28, color=f"C{index % 10}", zorder=3)
+        axes.annotate(
+            name, (cost, distance), xytext=(5, 4 if index % 2 else -10), textcoords="offset points", fontsize=9
+        )
+    for index, (name, distance) in enumerate(lines.items()):
+        axes.axhline(distance, color="0.4", linestyle=("--", ":", "-.")[index % 3], linewidth=1, label=name)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(True, which="both", linewidth=0.3)
+    axes.margins(x=0.15, y=0.12)
+    if lines:
+        axes.legend(loc="upper right", fontsize=9)
     figure.savefig(str(path), dpi=120)
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffdistill.denoiser import Cond
+from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError, require_positive
 from diffdistill.process import VELOCITY, X0, X0_AT_T_MIN, BoundaryF, F, Kind, NoiseProcess, expand
 
@@ -154,6 +154,23 @@ class Gaussian(_Analytic):
             / (q_p * (q * sigma_p + sigma * q_p))
         )
         return mean * (1 - rest * q / q_p) + gain * z
+
+
+def gaussian_log_ratio(target: Denoiser, fake_score: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """log(p_target / p_fake) of the marginals at t for two views of `Gaussian`, [B], without gradient."""
+    with torch.no_grad():
+        return _log_density(target, x_t, t, cond) - _log_density(fake_score, x_t, t, cond)
+
+
+def _log_density(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    network = denoiser.network
+    if not isinstance(network, Gaussian) or denoiser.guidance is not None:
+        fix = "Use networks=gauss without guidance, or a ratio from the discriminator."
+        raise UserError("known_ratio", "needs Gaussian networks", type(network).__name__, fix)
+    mean, std = network._law(x_t, cond)
+    alpha, sigma = (expand(value, x_t) for value in network.process.alpha_sigma(t))
+    spread = torch.hypot(alpha * std, sigma)
+    return (-0.5 * ((x_t - alpha * mean) / spread).square() - spread.log()).flatten(1).sum(1)
 
 
 def check_rows(mean: Sequence[Sequence[float]], std: Sequence[Sequence[float]]) -> None:

@@ -121,6 +121,7 @@ def adapt(network: nn.Module, role: str, spec: LoraSpec) -> list[LoraLayer]:
         if layer is not module:
             setattr(_parent(network, name), name.rsplit(".", 1)[-1], layer)
         layer.add(role, spec)
+        layer.train(layer.base.training)  # new modules begin in train mode, a frozen backbone is not in it
         chosen.append(layer)
     if not chosen:
         raise UserError(

@@ -1,0 +1,91 @@
+"""The density ratio teacher / student of the noised marginals: where it comes from and how it is kept in bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.errors import UserError
+from diffdistill.process import NoiseProcess
+
+# (target, fake_score, x_t, t, cond) -> log r [B]: a ratio that is known, for closed-form networks
+KnownLogRatio = Callable[[Denoiser, Denoiser, Tensor, Tensor, Cond], Tensor]
+
+
+@dataclass(frozen=True)
+class Clamp:
+    """r held in [low, high]; f-distill's code takes .1 and 20."""
+
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high < float("inf"):
+            fix = "f-distill takes 0.1 and 20."
+            raise UserError("low, high", "must satisfy 0 < low < high", (self.low, self.high), fix)
+
+    def __call__(self, log_ratio: Tensor) -> Tensor:
+        """r from log r, [B], at least float32."""
+        log_ratio = log_ratio.to(torch.promote_types(log_ratio.dtype, torch.float32))
+        return log_ratio.exp().clamp(self.low, self.high)
+
+
+class RatioHistogram:
+    """Moving mean of r in bins of the noise level, so that a miscalibrated discriminator does not favour some times.
+
+    E_student r = 1 at every t; dividing by the mean of a bin restores that.  num_bins: equal in ln(sigma / alpha) over
+    the process's range (equal in sigma most samples would share one).  rate: share of the old mean, 0 is the current
+    batch's mean alone.  Source: f-distill, arXiv:2502.15681, as in its code.
+    """
+
+    def __init__(self, num_bins: int, rate: float) -> None:
+        self.num_bins, self.rate = num_bins, rate
+        self.means = torch.full((num_bins,), float("nan"), dtype=torch.float64)  # nan: no sample fell in it yet
+
+    def normalised(
+        self, r: Tensor, t: Tensor, process: NoiseProcess, mean_over_ranks: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """r [B] divided by its bin's mean, which this batch, over all ranks, moves first. One collective."""
+        index = self.bins(t, process)
+        here = torch.nn.functional.one_hot(index, self.num_bins).to(torch.float64)
+        sums, counts = mean_over_ranks(torch.stack([r.double() @ here, here.sum(0)])).cpu()
+        new = sums / counts
+        old = torch.where(self.means.isnan(), new, self.means)
+        self.means = torch.where(counts > 0, self.rate * old + (1 - self.rate) * new, self.means)
+        return r / self.means.to(r.device, r.dtype)[index]
+
+    def bins(self, t: Tensor, process: NoiseProcess) -> Tensor:
+        """The bin of each t, int64 [B]."""
+        ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64, device=t.device)
+        low, high = self._level(ends, process)
+        share = (self._level(t.double(), process) - low) / (high - low)
+        return (share * self.num_bins).long().clamp(0, self.num_bins - 1)
+
+    @staticmethod
+    def _level(t: Tensor, process: NoiseProcess) -> Tensor:
+        return (
+            process.angle(t).clamp(1e-4, torch.pi / 2 - 1e-4).tan().log()
+        )  # finite where a process ends in pure noise
+
+
+def check_ratio(num_bins: int, rate: float) -> None:
+    """Refuse what `RatioHistogram` cannot work with."""
+    if not 1 <= num_bins <= 10_000:
+        raise UserError("ratio_bins", "must lie in 1..10000", num_bins, "f-distill takes 10.")
+    if not 0 <= rate < 1:
+        raise UserError("ratio_rate", "must lie in [0, 1)", rate, "f-distill: 0, or 0.5 on ImageNet-64.")
+
+
+def check_source(divergence: str, needs_ratio: bool, gan_weight: float, known: bool) -> None:
+    """Refuse a divergence whose weight is a function of the ratio where nothing estimates the ratio."""
+    if needs_ratio and not gan_weight and not known:
+        raise UserError(
+            "divergence",
+            "needs the density ratio, which the GAN's discriminator estimates: gan_weight and critic_gan_weight > 0",
+            divergence,
+            "Switch the GAN on, or take rkl, the one divergence that needs no ratio.",
+        )
