@@ -270,6 +270,8 @@ def _starts(folder: Path, recipe: Recipe, rows: Sequence[Row]) -> list[float]:
     process = recipe.networks["teacher"].process
     starts = [process.t_max]
     for row in rows:
+        if row.error:
+            continue
         config = RunFolder(folder / row.name).read_config("out")
         times = config.distiller.get("times")
         if times and float(times[0]) not in starts:

@@ -47,12 +47,12 @@ def test_samples_between_the_modes_count_for_none() -> None:
 
 def test_wasserstein_of_a_shifted_cloud_is_the_shift() -> None:
     x = draw(500)
-    assert planar.wasserstein(x + torch.tensor([0.03, -0.04]), x) == pytest.approx(0.05, abs=1e-9)
+    assert planar.wasserstein(x + torch.tensor([0.03, -0.04]), x) == pytest.approx(0.05, rel=1e-6)
 
 
 def test_wasserstein_is_the_best_assignment_not_the_given_one() -> None:
     x = draw(300)
-    assert planar.wasserstein(x[torch.randperm(300)], x) == pytest.approx(0.0, abs=1e-9)
+    assert planar.wasserstein(x[torch.randperm(300)], x) == pytest.approx(0.0, abs=1e-6)
     two = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     assert planar.wasserstein(two + torch.tensor([0.9, 0.0]), two) == pytest.approx(0.9)  # not 0.1 and 1.9
 
@@ -60,10 +60,8 @@ def test_wasserstein_is_the_best_assignment_not_the_given_one() -> None:
 def test_kl_of_the_data_is_zero_and_of_a_missing_half_ln_2() -> None:
     x = draw(10_000)
     assert planar.kl(x, DATA) == pytest.approx(0.0, abs=0.03)
-    nearest = torch.cdist(x, DATA.centres).argmin(1)
-    half = torch.cat([x, draw(10_000, 1)])[
-        torch.cat([nearest, torch.cdist(draw(10_000, 1), DATA.centres).argmin(1)]) < 4
-    ]
+    twice = torch.cat([x, draw(10_000, 1)])
+    half = twice[torch.cdist(twice, DATA.centres).argmin(1) < 4]
     assert planar.kl(half, DATA) == pytest.approx(math.log(2), abs=0.04)
 
 
