@@ -99,6 +99,8 @@ def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
         name = hydra_node.runtime.choices.get("experiment") or "run"
         cfg.run_dir = _default_run_dir(name, hydra_node.job.num if hydra_node.mode == RunMode.MULTIRUN else None)
     if "data_name" in cfg:
+        if cfg.data_name is not None:
+            raise UserError("data_name", "is filled in", show(cfg.data_name), "Write data=NAME.")
         cfg.data_name = hydra_node.runtime.choices.get("data")
     if "command" in cfg and cfg.command is None:
         words = [word for word in hydra_node.overrides.task if not word.startswith(("run_dir=", "dry_run=", "resume="))]

@@ -46,6 +46,15 @@ RANGES: dict[str, tuple[str, ...]] = {
     "evaluate.seed": FROM_ZERO,
     "metrics": ("[nowhere]",),
     "init.student": ("nowhere", "stage:nowhere", "run:/nowhere"),
+    # compare
+    "compare.data_name": ("gmm2d",),
+    "compare.out": ("''", "FINISHED", "LONGNAME"),
+    "iterations": COUNT,
+    "seconds": POSITIVE,
+    "overrides": ("[trainer.steps=3]", "[nowhere=1]"),
+    # pairs
+    "PairSource.seed": FROM_ZERO,
+    "cache": ("''",),
     # trainer
     "steps": COUNT,
     "accumulate": COUNT,
@@ -107,6 +116,20 @@ RANGES: dict[str, tuple[str, ...]] = {
     "gan_weight": ("-1.0", "0.5"),
     "critic_gan_weight": ("-1.0", "0.5"),
     "c": POSITIVE,
+    "regression_weight": FROM_ZERO,
+    "student_from": FROM_ZERO,
+    "gan_from": FROM_ZERO,
+    "alignment_threshold": ("-2.0", "2.0"),
+    "alignment_weight": FROM_ZERO,
+    "alignment_steps": COUNT,
+    "t_init": ("-1.0", "100.0"),
+    "SiDFewStep.num_steps": COUNT,
+    "Clamp.low": ("0", "30.0"),
+    "Clamp.high": ("0.05",),
+    "ratio_bins": COUNT,
+    "ratio_rate": ("1.0", "-0.1"),
+    "r1_weight": FROM_ZERO,
+    "r1_std": POSITIVE,
     "target_decay": ("1.0", "-0.1"),
     "q": ("1.0", "-1.0"),
     "num_stages": COUNT,
@@ -119,6 +142,15 @@ RANGES: dict[str, tuple[str, ...]] = {
     "num_levels": COUNT,
 }
 ANY_VALUE = {
+    "compare.seed": "every integer seeds the package's own draws",
+    "compare.dry_run": "both are legal",
+    **{
+        f"{name}.alpha": "every finite alpha has a meaning: the loss is linear in it"
+        for name in ("SiD", "SiDA", "SiDLSG", "SiDFewStep")
+    },
+    **{f"{name}_scale": "as guidance.scale" for name in ("critic", "gap", "projection")},
+    "signal": "every finite exponent",
+    "noise": "every finite exponent",
     "train.command": "text that cards quote",
     "train.compile": "both are legal",
     "train.dry_run": "both are legal",

@@ -64,6 +64,7 @@ class SiDFewStep(SiDLSG):
         if times is None:
             process = networks["student"].process
             times = linear_times(process.t_max if t_init is None else t_init, num_steps)
+            process.check_times("distiller.t_init, distiller.num_steps", times)
         elif t_init is not None:
             raise UserError("t_init", "must be null where times are given", t_init, "Give one of the two.")
         super().__init__(
