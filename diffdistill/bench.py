@@ -8,7 +8,6 @@ too noisy to tell.
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from diffdistill.config import build, compose
 from diffdistill.config_types import did_you_mean
 from diffdistill.distillers.base import Phase
 from diffdistill.errors import UserError
+from diffdistill.machine import machine
 from diffdistill.networks.call import Pass, recorded_passes
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.trainer import Trainer
@@ -74,7 +74,9 @@ def step(distillers: list[str], teachers: list[str], pairs: int, quick: bool, ou
         torch.set_num_threads(threads)
     noisy = [r for r in results if not 0.98 <= r["null_ratio"] <= 1.02]
     if out is not None:
-        Path(out).write_text(json.dumps({"schema": SCHEMA, "machine": _machine(), "results": results}, indent=1) + "\n")
+        Path(out).write_text(
+            json.dumps({"schema": SCHEMA, "machine": {**machine(), "threads": 1}, "results": results}, indent=1) + "\n"
+        )
     worst = max(r["ratio"] for r in results)
     if noisy:
         console.print(f"verdict: too noisy to tell (null ratio {noisy[0]['null_ratio']:.3f} is outside .98 to 1.02)")
@@ -223,15 +225,3 @@ def _table(result: dict[str, Any]) -> Table:
     table.add_row("ratio step / sum", "", f"{result['ratio']:.3f}")
     table.add_row("null ratio", "", f"{result['null_ratio']:.3f}")
     return table
-
-
-def _machine() -> dict[str, Any]:
-    return {"machine": platform.machine(), "processor": _processor(), "torch": torch.__version__, "threads": 1}
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )

@@ -9,18 +9,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from diffdistill import config_files
 from diffdistill.compare_budget import Budget
+from diffdistill.compare_plan import Plan
 from diffdistill.compare_report import Row, write_report
 from diffdistill.config import build, call, compose, override
 from diffdistill.config_types import did_you_mean
@@ -29,13 +30,18 @@ from diffdistill.evaluation import harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.generator import Generator
 from diffdistill.launch import card_of, train
+from diffdistill.machine import machine
 from diffdistill.pictures import where
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.trainer import NonFiniteError
 
-SCHEMA = 1
-SHARED = ("data", "overrides", "seed", "budget")  # what all calls into one folder must agree in
+SCHEMA = 1  # of teacher.json
+# What the comparison itself decides: an override of these would be replaced in silence.
+OWN = (
+    "run_dir", "resume", "dry_run", "command", "experiment", "distiller", "data", "stages",
+    "trainer.steps", "trainer.seed", "trainer.checkpoint_every", "evaluation.teacher",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,6 @@ class Entry:
     words: tuple[str, ...]
     steps: int
     updates: int
-
-    def settings(self, out: Path) -> DictConfig:
-        """The configuration of its run."""
-        every = max(1, self.steps // 10)
-        own = (f"trainer.steps={self.steps}", f"trainer.checkpoint_every={every}")
-        return compose("train", [*self.words, *own, f"run_dir={out / self.name}", "resume=auto"])
 
 
 def compare(
@@ -71,35 +71,55 @@ def compare(
     Status 1 if a method diverged: the others still run.
     """
     limits: Budget = build(budget)
-    common = _common(data, data_name, seed, overrides, limits)
+    _refuse_own(overrides, limits)
+    changed = _changed(data, data_name)
+    common = _common(changed, seed, overrides, limits)
     names = _names(data_name, distillers, common)
     folder = Path(out if out is not None else f"runs/compare-{data_name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    shared = {"data": data_name, "overrides": list(overrides), "seed": seed, "budget": asdict(limits)}
-    plan = _plan(folder, shared)
-    console = Console()
+    plan = Plan(
+        folder,
+        {"data": " ".join([data_name, *changed]), "overrides": overrides, "seed": seed, "budget": asdict(limits)},
+    )
+    words = {name: (*_words(data_name, name), *common) for name in names}
+    decided = plan.methods()
     for name in names:  # every method is checked before the first begins
-        _check(compose("train", [*_words(data_name, name), *common, "run_dir=none"]))
+        _check(name, _settings(folder, name, words[name], decided.get(name, {}).get("steps")))
+    console = Console()
     if dry_run:
         console.print("dry run: every method fits, nothing was trained.")
         return 0
     with writing(folder, "out"):
         folder.mkdir(parents=True, exist_ok=True)
-        entries = [_entry(folder, plan, shared, name, (*_words(data_name, name), *common), limits) for name in names]
-        rows = [_row(entry, folder, console) for entry in entries]
-        _keep(folder, shared, plan | {row.name: _failed(row) for row in rows if row.error})
-    return _conclude(folder, shared, entries, rows, console)
+        entries = [_entry(plan, name, words[name], limits) for name in names]
+        rows = [_row(entry, plan, console) for entry in entries]
+    return _conclude(plan, entries[0], rows, console)
 
 
-def _common(data: DictConfig, data_name: str, seed: int, overrides: Sequence[str], limits: Budget) -> tuple[str, ...]:
-    """Overrides of train that every method gets: the data's values, the caller's own, batch size and seed."""
-    stock = compose("train", [f"data={data_name}", "run_dir=none"]).data
-    changed = [override(f"data.{key!s}", data[key]) for key in data if data[key] != stock.get(key)]
-    batch = () if limits.batch_size is None else (f"trainer.batch_size={limits.batch_size}",)
+def _refuse_own(overrides: Sequence[str], limits: Budget) -> None:
+    own = OWN if limits.batch_size is None else (*OWN, "trainer.batch_size")
     for word in overrides:
         key = word.partition("=")[0].lstrip("+~")
-        if key in ("run_dir", "resume", "dry_run", "experiment", "distiller", "data", "trainer.steps", "trainer.seed"):
-            raise UserError("overrides", "must leave what the comparison itself decides", repr(word), "Leave it out.")
+        if key in own or key.startswith("data."):
+            fix = "Give data.* to the comparison." if key.startswith("data.") else "Leave it out."
+            raise UserError("overrides", "must leave what the comparison itself decides", repr(word), fix)
+
+
+def _changed(data: DictConfig, data_name: str) -> list[str]:
+    """Overrides of train that give its data the values of the comparison's."""
+    stock = compose("train", [f"data={data_name}", "run_dir=none"]).data
+    return [override(f"data.{key!s}", data[key]) for key in data if data[key] != stock.get(key)]
+
+
+def _common(changed: Sequence[str], seed: int, overrides: Sequence[str], limits: Budget) -> tuple[str, ...]:
+    """Overrides of train that every method gets. The teacher is measured once, not by every run."""
+    batch = () if limits.batch_size is None else (f"trainer.batch_size={limits.batch_size}",)
     return (*changed, *overrides, *batch, f"trainer.seed={seed}", "evaluation.teacher=none")
+
+
+def _settings(folder: Path, name: str, words: Sequence[str], steps: int | None) -> DictConfig:
+    """The configuration of a method's run; steps: None before the budget was counted."""
+    own = [] if steps is None else [f"trainer.steps={steps}", f"trainer.checkpoint_every={max(1, steps // 10)}"]
+    return compose("train", [*words, *own, override("run_dir", str(folder / name)), "resume=auto"])
 
 
 def _names(data: str, given: Sequence[str] | None, common: Sequence[str]) -> list[str]:
@@ -122,11 +142,17 @@ def _makes_generator(data: str, name: str, common: Sequence[str]) -> bool:
     return isinstance(_recipe(data, name, common).distiller.generator, Generator)
 
 
-def _recipe(data: str, name: str, common: Sequence[str], device: str = "meta") -> Recipe:
+def _recipe(data: str, name: str, common: Sequence[str]) -> Recipe:
     try:
-        return assemble(compose("train", [*_words(data, name), *common, "run_dir=none"]), device)
+        return assemble(compose("train", [*_words(data, name), *common, "run_dir=none"]), "meta")
     except UserError as error:
-        raise UserError(f"{name}: {error.key}", error.constraint, error.value, error.fix) from error
+        raise _of_method(name, error) from error
+
+
+def _of_method(name: str, error: UserError) -> UserError:
+    """The same error, saying whose configuration it is about."""
+    error.args, error.key = (f"{name}: {error}",), f"{name}: {error.key}"
+    return error
 
 
 def _words(data: str, name: str) -> tuple[str, ...]:
@@ -136,68 +162,42 @@ def _words(data: str, name: str) -> tuple[str, ...]:
     return (f"data={data}", f"distiller={name}", "experiment=none")
 
 
-def _check(settings: DictConfig) -> None:
+def _check(name: str, settings: DictConfig) -> None:
+    """Run a method dry: it fits data and teacher, and a run that is there already has the same settings."""
     if settings.stages:
         fix = "Compare methods of one stage, or train that experiment on its own."
-        raise UserError("distillers", "must not have recipes of several stages: a budget is for one run",
-                        list(settings.stages), fix)  # fmt: skip
-    node = OmegaConf.merge(settings, {"dry_run": True, "run_dir": "runs/none"})
-    with contextlib.redirect_stdout(io.StringIO()):
-        call(node, train)  # type: ignore[arg-type]
+        raise UserError("distillers", "must not have recipes of several stages, a budget is for one run",
+                        f"{name} with {list(settings.stages)}", fix)  # fmt: skip
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            call(cast("DictConfig", OmegaConf.merge(settings, {"dry_run": True})), train)
+    except UserError as error:
+        raise _of_method(name, error) from error
 
 
-def _plan(folder: Path, shared: Mapping[str, Any]) -> dict[str, Any]:
-    """What earlier calls decided for each method, once it is sure that they compared under the same settings."""
-    file = folder / "compare.json"
-    if not file.is_file():
-        RunFolder(folder).refuse_occupied("out")
-        return {}
-    stored = read_json(file, "out")
-    for key in SHARED:
-        if stored.get(key) != shared[key]:
-            fix = "Name another folder, or leave the settings as they were."
-            raise UserError(key, f"must be {stored.get(key)}, as in the comparison that goes on", shared[key], fix)
-    return dict(stored["methods"])
-
-
-def _entry(
-    folder: Path, plan: dict[str, Any], shared: Mapping[str, Any], name: str, words: tuple[str, ...], limits: Budget
-) -> Entry:
+def _entry(plan: Plan, name: str, words: tuple[str, ...], limits: Budget) -> Entry:
     """The method's share of the budget; decided once, then read back."""
-    if name not in plan:
+    found = plan.methods().get(name)
+    if found is None:
         steps, updates = limits.steps(compose("train", [*words, "run_dir=none"]))
-        plan[name] = {"words": list(words), "steps": steps, "updates": updates}
-        _keep(folder, shared, plan)
-    found = plan[name]
+        decision = {"words": list(words), "steps": steps, "updates": updates, "machine": machine()}
+        found = plan.decide(name, decision)
     if tuple(found["words"]) != words:
         raise UserError("out", f"must hold a comparison whose {name} had the same settings", found["words"],
                         "Name another folder.")  # fmt: skip
     return Entry(name, words, found["steps"], found["updates"])
 
 
-def _keep(folder: Path, shared: Mapping[str, Any], plan: Mapping[str, Any]) -> None:
-    """Add to what is on disk: another process may compare other methods into this folder."""
-    file = folder / "compare.json"
-    earlier = read_json(file, "out")["methods"] if file.is_file() else {}
-    aside = folder / ".compare.json"
-    aside.write_text(json.dumps({"schema": SCHEMA, **shared, "methods": {**earlier, **plan}}, indent=1) + "\n")
-    aside.replace(file)
-
-
-def _failed(row: Row) -> dict[str, Any]:
-    return {"error": row.error}
-
-
-def _row(entry: Entry, folder: Path, console: Console) -> Row:
+def _row(entry: Entry, plan: Plan, console: Console) -> Row:
     console.rule(f"{entry.name}: {entry.updates} updates of the student in {entry.steps} steps")
-    run = RunFolder(folder / entry.name)
-    if not run.is_finished:
-        try:
-            call(entry.settings(folder), train)
-        except NonFiniteError as error:
-            console.print(f"{entry.name} diverged: {error}", soft_wrap=True, highlight=False)
-            return Row(entry.name, updates=entry.updates, steps=entry.steps, error=str(error))
-    return _read(entry, run)
+    try:  # a finished run is passed over, once its settings are known to be the same
+        call(_settings(plan.folder, entry.name, entry.words, entry.steps), train)
+    except NonFiniteError as error:
+        console.print(f"{entry.name} diverged: {error}", soft_wrap=True, highlight=False)
+        plan.note(entry.name, str(error))
+        return Row(entry.name, updates=entry.updates, steps=entry.steps, error=str(error))
+    plan.note(entry.name, None)
+    return _read(entry, RunFolder(plan.folder / entry.name))
 
 
 def _read(entry: Entry, run: RunFolder) -> Row:
@@ -213,23 +213,22 @@ def _read(entry: Entry, run: RunFolder) -> Row:
     )
 
 
-def _conclude(
-    folder: Path, shared: Mapping[str, Any], entries: Sequence[Entry], rows: Sequence[Row], console: Console
-) -> int:
-    """The report over all methods that are finished in the folder, this call's or an earlier one's."""
-    stored = read_json(folder / "compare.json", "out")["methods"]
-    own = {row.name: row for row in rows}
+def _conclude(plan: Plan, first: Entry, rows: Sequence[Row], console: Console) -> int:
+    """The report over all methods that ended in the folder, in this call or an earlier one, here or elsewhere."""
+    folder, own = plan.folder, {row.name: row for row in rows}
     all_rows = []
-    for name, found in stored.items():
-        run = RunFolder(folder / name)
+    for name, found in plan.methods().items():
+        run, steps, updates = RunFolder(folder / name), found["steps"], found["updates"]
         if name in own:
             all_rows.append(own[name])
         elif run.is_finished:
-            all_rows.append(_read(Entry(name, tuple(found["words"]), found["steps"], found["updates"]), run))
-    settings = entries[0].settings(folder)
+            all_rows.append(_read(Entry(name, tuple(found["words"]), steps, updates), run))
+        elif found.get("error"):
+            all_rows.append(Row(name, updates=updates, steps=steps, error=found["error"]))
+    settings = _settings(folder, first.name, first.words, first.steps)
     with writing(folder, "out"):
         teachers = _teachers(folder, settings, all_rows)
-        files = write_report(folder, settings, shared, [*teachers, *all_rows], console)
+        files = write_report(folder, settings, plan.shared, [*teachers, *all_rows], console)
     console.print("look at next:")
     for file in files:
         console.print(f"  {file}", soft_wrap=True, highlight=False)
@@ -237,21 +236,26 @@ def _conclude(
 
 
 def _teachers(folder: Path, settings: DictConfig, rows: Sequence[Row]) -> list[Row]:
-    """The teacher's own sampler, and its output after one step: what a method has to be better than."""
+    """The teacher's own sampler, and its output after one step: what a method has to be better than.
+
+    What earlier calls measured is read back.
+    """
     judge: Evaluation = build(settings.evaluation)
     if judge.metrics == ():
         return []
-    file = folder / "teacher.json"
-    if file.is_file():
-        return [Row(**row) for row in read_json(file, "out")["rows"]]
-    recipe, found = assemble(settings), []
-    for start in _starts(folder, recipe, rows):
-        once = Generator(recipe.networks["teacher"], (start,))
-        figures, _ = harness.evaluate(once, recipe.data, judge, *where(recipe.networks))
-        found.append(Row(f"teacher, one step from {start:g}", figures=figures))
-    found.insert(0, Row("teacher", figures=_teacher_figures(recipe, settings, judge, set(found[0].figures))))
-    file.write_text(json.dumps({"schema": SCHEMA, "rows": [asdict(row) for row in found]}, indent=1) + "\n")
-    return found
+    file, recipe = folder / "teacher.json", assemble(settings)
+    found = {row["name"]: Row(**row) for row in read_json(file, "out")["rows"]} if file.is_file() else {}
+    starts = {f"teacher, one step from {start:g}": start for start in _starts(folder, recipe, rows)}
+    for name in [name for name in starts if name not in found]:
+        once = Generator(recipe.networks["teacher"], (starts[name],))
+        found[name] = Row(name, figures=harness.evaluate(once, recipe.data, judge, *where(recipe.networks))[0])
+    if "teacher" not in found:
+        wanted = set(found[next(iter(starts))].figures)
+        found["teacher"] = Row("teacher", figures=_teacher_figures(recipe, settings, judge, wanted))
+    aside = file.with_name(f".teacher.{os.getpid()}.json")  # two processes may conclude at once
+    aside.write_text(json.dumps({"schema": SCHEMA, "rows": [asdict(row) for row in found.values()]}, indent=1) + "\n")
+    aside.replace(file)
+    return [found["teacher"], *(found[name] for name in starts)]
 
 
 def _teacher_figures(recipe: Recipe, settings: DictConfig, judge: Evaluation, wanted: set[str]) -> dict[str, Any]:
@@ -266,14 +270,10 @@ def _teacher_figures(recipe: Recipe, settings: DictConfig, judge: Evaluation, wa
 
 
 def _starts(folder: Path, recipe: Recipe, rows: Sequence[Row]) -> list[float]:
-    """From where the teacher takes its one step: t_max, and where the methods begin."""
-    process = recipe.networks["teacher"].process
-    starts = [process.t_max]
+    """From where the teacher takes its one step: t_max, and where the methods begin; the highest first."""
+    starts = {recipe.networks["teacher"].process.t_max}
     for row in rows:
-        if row.error:
-            continue
-        config = RunFolder(folder / row.name).read_config("out")
-        times = config.distiller.get("times")
-        if times and float(times[0]) not in starts:
-            starts.append(float(times[0]))
-    return [start for start in starts if torch.isfinite(torch.tensor(start))]
+        if not row.error:
+            made = assemble(RunFolder(folder / row.name).read_config("out"), "meta").distiller.generator
+            starts |= {made.times[0]} if isinstance(made, Generator) else set()
+    return sorted(starts, reverse=True)

@@ -135,11 +135,16 @@ def _plot(folder: Path, rows: Sequence[Row], distance: str) -> Path:
     points = {
         row.name: (row.cpu_seconds, row.figures[distance])
         for row in rows
-        if row.cpu_seconds and row.figures.get(distance, 0) > 0
+        if row.cpu_seconds and _drawable(row, distance)
     }
-    lines = {row.name: row.figures[distance] for row in rows if row.steps is None and row.figures.get(distance, 0) > 0}
+    lines = {row.name: row.figures[distance] for row in rows if row.steps is None and _drawable(row, distance)}
     plots.distance_against_cost(points, lines, ("CPU seconds of training", distance), path)
     return path
+
+
+def _drawable(row: Row, distance: str) -> bool:
+    """Whether a logarithmic axis has a place for it: an estimate of KL may be below 0, or infinite for one point."""
+    return 0 < row.figures.get(distance, 0) < float("inf")
 
 
 def _samples(folder: Path, settings: DictConfig, data: Data, rows: Sequence[Row]) -> Path:

@@ -52,9 +52,6 @@ RANGES: dict[str, tuple[str, ...]] = {
     "iterations": COUNT,
     "seconds": POSITIVE,
     "overrides": ("[trainer.steps=3]", "[nowhere=1]"),
-    # pairs
-    "PairSource.seed": FROM_ZERO,
-    "cache": ("''",),
     # trainer
     "steps": COUNT,
     "accumulate": COUNT,

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interruption import killed_after
 
 import diffdistill
+from diffdistill import leaderboard
 from diffdistill.compare_budget import Budget
+from diffdistill.compare_plan import Plan
 from diffdistill.config import compose
 from diffdistill.errors import UserError
 from diffdistill.trainer import NonFiniteError
@@ -117,16 +122,16 @@ def test_two_comparisons_give_the_same_figures(two: Path, tmp_path: Path) -> Non
         assert ours[key] == theirs[key]
 
 
-def test_an_interrupted_method_goes_on_from_its_checkpoint(two: Path, tmp_path: Path) -> None:
-    out = tmp_path / "cut"
-    shutil.copytree(two, out)
-    for path in (out / "dmd2" / "summary.json", out / "dmd2" / "pipeline"):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(out / "dmd2" / "checkpoints" / "step-00000011")
-    config = out / "dmd2" / "config.yaml"
-    config.write_text(config.read_text().replace(str(two), str(out)))
-    assert run(out, *WORDS, "distillers=[sid,dmd2]") == 0
-    assert table(out)["dmd2"]["kl"] == table(two)["dmd2"]["kl"]
+def test_a_method_that_was_killed_goes_on_from_its_checkpoint(
+    two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with killed_after(monkeypatch, 8):  # in the seventh of DMD2's eleven steps
+        run(tmp_path, *WORDS, "distillers=[dmd2]")
+    assert not (tmp_path / "table.csv").exists()
+    capsys.readouterr()
+    assert run(tmp_path, *WORDS, "distillers=[dmd2]") == 0
+    assert "going on after step 6 of 11" in capsys.readouterr().out
+    assert table(tmp_path)["dmd2"]["kl"] == table(two)["dmd2"]["kl"]
 
 
 def test_methods_are_added_to_a_comparison_and_all_stay_in_the_table(two: Path, tmp_path: Path) -> None:
@@ -136,12 +141,37 @@ def test_methods_are_added_to_a_comparison_and_all_stay_in_the_table(two: Path, 
     assert {"sid", "dmd2", "consistency"} <= set(table(out))
 
 
+def test_a_method_from_another_start_brings_the_teachers_one_step_from_there(two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "starts"
+    shutil.copytree(two, out)
+    before = table(out)
+    later = [word.replace("'evaluation", "'distiller.times=[2.5]','evaluation") for word in WORDS]
+    with pytest.raises(UserError, match="overrides must be"):
+        run(out, *later, "distillers=[consistency]")
+    config = out / "sid" / "config.yaml"  # as if sid had begun at 2.5
+    config.write_text(config.read_text().replace("times: null", "times: [2.5]"))
+    assert run(out, *WORDS, "distillers=[dmd2]") == 0
+    assert {"teacher", "teacher, one step from 20", "teacher, one step from 2.5"} < set(table(out))
+    for name in ("teacher", "teacher, one step from 20"):
+        assert table(out)[name] == before[name]
+
+
+def test_a_finished_run_of_other_settings_is_refused_not_read(two: Path, tmp_path: Path) -> None:
+    out = tmp_path / "edited"
+    shutil.copytree(two, out)
+    config = out / "sid" / "config.yaml"
+    config.write_text(config.read_text().replace("alpha: 1.2", "alpha: 1.0"))
+    with pytest.raises(UserError, match=r"sid: distiller\.alpha must be 1\.0"):
+        run(out, *WORDS, "distillers=[sid,dmd2]")
+
+
 @pytest.mark.parametrize(
     ("words", "match"),
     [
         (["data=gmm2d", "budget.iterations=4", FAST, "distillers=[sid]"], "budget must be"),
         (["data=gmm2d", "budget.iterations=3", "distillers=[sid]"], "overrides must be"),
         ([*WORDS, "seed=1", "distillers=[sid]"], "seed must be 0"),
+        ([*WORDS, "data.std=0.07", "distillers=[consistency]"], "data must be gmm2d, .* got gmm2d data.std=0.07"),
     ],
 )
 def test_other_settings_in_the_same_folder_are_refused_by_name(two: Path, words: list[str], match: str) -> None:
@@ -157,7 +187,18 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(two: Path, words:
         ([*WORDS, "distillers=[sidd]"], r"distillers must name options.*sid"),
         ([*WORDS, "distillers=[denoising]"], "one- or few-step generators"),
         (["data=gmm2d", "budget.iterations=3", "distillers=[sid]", "overrides=['trainer.steps=9']"], "overrides must"),
+        ([*WORDS, "budget.batch_size=4", "distillers=[sid]"], "overrides must leave .* 'trainer.batch_size=8'"),
+        (["data=gmm2d", "budget.iterations=3", "distillers=[sid]", "overrides=['data.std=1']"], "overrides must leave"),
         (["data=gmm2d", "budget.iterations=3", "distillers=[dmd]", "overrides=['pairs=null']"], "needs pair"),
+        (
+            [
+                "data=gmm2d",
+                "budget.iterations=3",
+                "distillers=[sid,consistency]",
+                "overrides=['trainer.clip.fake_score=1.0']",
+            ],
+            "^consistency: trainer.clip.fake_score must",
+        ),
         (["data=gauss", "budget.iterations=3", "distillers=[vsd]"], "needs null|needs.*null"),
         (["data=digits", "budget.iterations=3", "distillers=[dmd2_2step]"], "distillers must name options"),
     ],
@@ -191,6 +232,39 @@ def test_a_method_that_diverges_is_told_and_the_others_go_on(tmp_path: Path, mon
     rows = table(tmp_path / "out")
     assert "finite" in rows["sid"]["error"] and rows["sid"]["kl"] == ""
     assert float(rows["consistency"]["kl"]) > 0
+    assert "sid" in (tmp_path / "out" / "table.md").read_text()
+
+    assert run(tmp_path / "out", *WORDS, "distillers=[consistency]") == 1  # the failure stays in the table
+    assert "finite" in table(tmp_path / "out")["sid"]["error"]
+    assert run(tmp_path / "out", *WORDS, "distillers=[sid]") == 1  # and may be tried again
+    monkeypatch.setattr(module, "call", real)
+    assert run(tmp_path / "out", *WORDS, "distillers=[sid]") == 0
+    assert table(tmp_path / "out")["sid"]["error"] == ""
+
+
+def test_processes_that_share_a_folder_lose_no_decision_of_each_other(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, {"data": "gmm2d"})
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: plan.decide(f"method{i % 40}", {"words": [], "steps": i}), range(80)))
+    methods = plan.methods()
+    assert set(methods) == {f"method{i}" for i in range(40)}
+    first = methods["method7"]["steps"]
+    assert plan.decide("method7", {"words": [], "steps": -1})["steps"] == first  # who came first decided
+    with pytest.raises(UserError, match="data must be gmm2d"):
+        Plan(tmp_path, {"data": "digits"}).decide("method7", {})
+
+
+def test_the_leaderboard_page_has_the_command_the_machine_and_the_table(two: Path, tmp_path: Path) -> None:
+    leaderboard.write(str(two), str(tmp_path / "docs"))
+    page = (tmp_path / "docs" / "leaderboard.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith("diffdistill compare"))
+    assert shlex.split(line)[2:] == [
+        "data=gmm2d", "distillers=[sid,dmd2]", "budget.iterations=3", "seed=0", FAST
+    ]  # fmt: skip
+    assert (two / "table.md").read_text().strip() in page and "torch" in page
+    assert (tmp_path / "docs" / "leaderboard.csv").read_text() == (two / "table.csv").read_text()
+    with pytest.raises(UserError, match="comparison must hold"):
+        leaderboard.write(str(tmp_path), str(tmp_path / "docs"))
 
 
 def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:

@@ -69,7 +69,8 @@ def scatter(samples: Tensor, reference: Tensor, path: str | Path) -> None:
 def panels(samples: Mapping[str, Tensor], reference: Tensor, path: str | Path, columns: int) -> None:
     """Write one panel per name: images [n, C, H, W] in [-1, 1] as a grid of `columns`, points [n, d] over reference.
 
-    Points share one frame, the reference's with a margin; those outside are counted under the title.
+    Points share one frame, the reference's with a margin; those outside are counted in a corner. Of more coordinates
+    the first two are shown, of one its histogram.
     """
     check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -80,10 +81,12 @@ def panels(samples: Mapping[str, Tensor], reference: Tensor, path: str | Path, c
     figure = Figure(figsize=(3.6 * across, 3.7 * down), layout="tight")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False).flatten()
-    for axes in grid:
+    for axes in grid[len(samples) :]:
         axes.axis("off")
     for axes, (title, values) in zip(grid, samples.items(), strict=False):
         axes.set_title(title, fontsize=10)
+        axes.set_xticks([])  # not axis("off"): the layout would leave the titles no room
+        axes.set_yticks([])
         if values.ndim == 4:
             tiles = _torchvision_utils().make_grid(
                 values.float().clamp(-1, 1).add(1).div(2), nrow=columns, padding=1, pad_value=1.0
@@ -98,13 +101,18 @@ def _points(axes: Any, values: Tensor, reference: Tensor) -> None:
     low, high = reference.amin(0), reference.amax(0)
     margin = 0.3 * (high - low)
     outside = int(((values < low - margin) | (values > high + margin)).any(1).sum())
-    axes.scatter(reference[:, 0], reference[:, -1], s=2, c="0.8", linewidths=0)
-    axes.scatter(values[:, 0], values[:, -1], s=2, c="tab:blue", linewidths=0)
-    axes.set_xlim(float(low[0] - margin[0]), float(high[0] + margin[0]))
-    axes.set_ylim(float(low[-1] - margin[-1]), float(high[-1] + margin[-1]))
-    axes.set_aspect("equal")
     if outside:
-        axes.text(0.5, 0.0, f"{outside} outside", transform=axes.transAxes, ha="center", fontsize=8)
+        axes.text(0.02, 0.95, f"{outside} outside", transform=axes.transAxes, fontsize=8)
+    if values.shape[1] == 1:
+        frame = (float(low[0] - margin[0]), float(high[0] + margin[0]))
+        for points, colour in ((reference, "0.75"), (values, "tab:blue")):
+            axes.hist(points[:, 0].numpy(), bins=60, range=frame, density=True, color=colour, alpha=0.6)
+        return
+    axes.scatter(reference[:, 0], reference[:, 1], s=2, c="0.8", linewidths=0)
+    axes.scatter(values[:, 0], values[:, 1], s=2, c="tab:blue", linewidths=0)
+    axes.set_xlim(float(low[0] - margin[0]), float(high[0] + margin[0]))
+    axes.set_ylim(float(low[1] - margin[1]), float(high[1] + margin[1]))
+    axes.set_aspect("equal")
 
 
 def distance_against_cost(
@@ -132,7 +140,7 @@ def distance_against_cost(
     axes.grid(True, which="both", linewidth=0.3)
     axes.margins(x=0.15, y=0.12)
     if lines:
-        axes.legend(loc="upper right", fontsize=9)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=9)  # below: it covers no point
     figure.savefig(str(path), dpi=120)
 
 

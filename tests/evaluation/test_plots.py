@@ -46,6 +46,24 @@ def test_points_of_any_dimension_have_a_picture(tmp_path, dim):
     assert (tmp_path / "points.png").stat().st_size > 1000
 
 
+def test_panels_keep_room_for_their_titles(tmp_path):
+    points = torch.randn(50, 2, generator=torch.Generator().manual_seed(0))
+    plots.panels({"a title": points, "another": points}, points, tmp_path / "with.png", 8)
+    plots.panels({"": points, " ": points}, points, tmp_path / "without.png", 8)
+    ink = [(read_image(str(tmp_path / name))[0] < 128) for name in ("with.png", "without.png")]
+    assert not ink[0][:3].any()  # none is cut off at the upper edge
+    assert ink[0][3:40].sum() > ink[1][3:40].sum()
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_panels_count_the_points_outside_their_frame(tmp_path, dim):
+    points = torch.randn(50, dim, generator=torch.Generator().manual_seed(0))
+    plots.panels({"near": points}, points, tmp_path / "near.png", 8)
+    plots.panels({"near": torch.cat([points, points[:1] + 100])}, points, tmp_path / "far.png", 8)
+    near, far = (read_image(str(tmp_path / name))[0] < 128 for name in ("near.png", "far.png"))
+    assert (far & ~near).sum() > 20  # the words "1 outside"
+
+
 @pytest.mark.parametrize("name", ["points", "points.nope", ".png"])
 def test_a_picture_without_a_format_is_refused_before_anything_is_written(tmp_path, name):
     with pytest.raises(UserError, match=r"^out must end in one of \.png"):
