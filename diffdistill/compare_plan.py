@@ -44,7 +44,7 @@ class Plan:
 
     def decide(self, name: str, decision: Mapping[str, Any]) -> dict[str, Any]:
         """Keep what was decided for a method; returns what stands, another process's decision if it came first."""
-        if True:
+        with FileLock(self.folder / ".lock"):
             methods = self.methods()
             standing = methods.setdefault(name, dict(decision))
             self._write(methods)
@@ -52,7 +52,7 @@ class Plan:
 
     def note(self, name: str, error: str | None) -> None:
         """Keep how a method ended: its error, None takes an earlier one back."""
-        if True:
+        with FileLock(self.folder / ".lock"):
             methods = self.methods()
             if methods[name].get("error") != error:
                 methods[name] = {**methods[name], "error": error}
