@@ -78,14 +78,17 @@ def panels(samples: Mapping[str, Tensor], reference: Tensor, path: str | Path, c
 
     across = min(4, len(samples))
     down = -(-len(samples) // across)
-    figure = Figure(figsize=(3.6 * across, 3.7 * down), layout="tight")
+    first = next(iter(samples.values()))
+    tall = -(-len(first) // columns) / columns if first.ndim == 4 else 1.0  # of a panel, in its widths
+    size = (3.6 * across, (3.6 * tall + 0.3) * down)
+    figure = Figure(figsize=size, layout="constrained")  # "tight" cuts titles off
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False).flatten()
     for axes in grid[len(samples) :]:
         axes.axis("off")
     for axes, (title, values) in zip(grid, samples.items(), strict=False):
         axes.set_title(title, fontsize=10)
-        axes.set_xticks([])  # not axis("off"): the layout would leave the titles no room
+        axes.set_xticks([])
         axes.set_yticks([])
         if values.ndim == 4:
             tiles = _torchvision_utils().make_grid(
