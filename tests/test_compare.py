@@ -240,6 +240,7 @@ def test_a_method_that_diverges_is_told_and_the_others_go_on(tmp_path: Path, mon
     monkeypatch.setattr(module, "call", real)
     assert run(tmp_path / "out", *WORDS, "distillers=[sid]") == 0
     assert table(tmp_path / "out")["sid"]["error"] == ""
+    assert json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]["sid"]["error"] is None
 
 
 def test_processes_that_share_a_folder_lose_no_decision_of_each_other(tmp_path: Path) -> None:

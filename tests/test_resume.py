@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from interruption import KilledError, assert_equal, killed_after
 
 from diffdistill import checkpoint
 from diffdistill.cli import main
+from diffdistill.config import build
+from diffdistill.recipe import assemble
 from diffdistill.run import Run
 from diffdistill.run_folder import RunFolder
 from diffdistill.trainer import Trainer
@@ -64,6 +67,29 @@ def test_a_killed_run_goes_on_bit_for_bit(case: str, tmp_path: Path, monkeypatch
             main([*words, f"run_dir={broken}", "resume=auto"])
     assert main([*words, f"run_dir={broken}", "resume=true"]) == 0
     assert_equal(whole, broken)
+
+
+def test_cpu_seconds_go_on_and_begin_at_zero_where_a_checkpoint_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    words = [*words_of("dmd2 with a GAN, 5 to 1", tmp_path), "evaluation=none", "trainer.checkpoint_every=3"]
+    with killed_after(monkeypatch, 9):
+        main([*words, f"run_dir={run_dir}"])
+    found, settings = RunFolder(run_dir).newest(), RunFolder(run_dir).read_config()
+    assert found is not None
+    assert found.values["cpu_seconds"] > 0
+    recipe, trainer = assemble(settings), build(settings.trainer)
+    state = trainer.start(recipe.distiller, recipe.networks)
+    state.load(replace(found, values={**found.values, "cpu_seconds": 5.0}))
+    assert state.values()["cpu_seconds"] == 5.0
+    state.load(replace(found, values={k: v for k, v in found.values.items() if k != "cpu_seconds"}))
+    assert state.values()["cpu_seconds"] == 0.0
+    monkeypatch.setattr("time.process_time", iter(range(100)).__next__)  # a second for every second look
+    assert main(["train", f"run_dir={run_dir}", "resume=true"]) == 0
+    left = 12 - found.step
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["cpu_seconds"] == pytest.approx(found.values["cpu_seconds"] + left, abs=0.01)
 
 
 def test_what_is_left_to_a_kill_matters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
