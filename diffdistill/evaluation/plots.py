@@ -81,7 +81,7 @@ def panels(samples: Mapping[str, Tensor], reference: Tensor, path: str | Path, c
     first = next(iter(samples.values()))
     tall = -(-len(first) // columns) / columns if first.ndim == 4 else 1.0  # of a panel, in its widths
     size = (3.6 * across, (3.6 * tall + 0.3) * down)
-    figure = Figure(figsize=size, layout="constrained")  # "tight" cuts titles off
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False).flatten()
     for axes in grid[len(samples) :]:
@@ -102,19 +102,19 @@ def panels(samples: Mapping[str, Tensor], reference: Tensor, path: str | Path, c
 
 def _points(axes: Any, values: Tensor, reference: Tensor) -> None:
     low, high = reference.amin(0), reference.amax(0)
-    margin = 0.3 * (high - low)
-    outside = int(((values < low - margin) | (values > high + margin)).any(1).sum())
+    middle, half = (low + high) / 2, 0.8 * (high - low).max()  # a square: the box stays as laid out, below its title
+    outside = int(((values - middle).abs() > half).any(1).sum())
     if outside:
         axes.text(0.02, 0.95, f"{outside} outside", transform=axes.transAxes, fontsize=8)
+    across = (float(middle[0] - half), float(middle[0] + half))
     if values.shape[1] == 1:
-        frame = (float(low[0] - margin[0]), float(high[0] + margin[0]))
         for points, colour in ((reference, "0.75"), (values, "tab:blue")):
-            axes.hist(points[:, 0].numpy(), bins=60, range=frame, density=True, color=colour, alpha=0.6)
+            axes.hist(points[:, 0].numpy(), bins=60, range=across, density=True, color=colour, alpha=0.6)
         return
     axes.scatter(reference[:, 0], reference[:, 1], s=2, c="0.8", linewidths=0)
     axes.scatter(values[:, 0], values[:, 1], s=2, c="tab:blue", linewidths=0)
-    axes.set_xlim(float(low[0] - margin[0]), float(high[0] + margin[0]))
-    axes.set_ylim(float(low[1] - margin[1]), float(high[1] + margin[1]))
+    axes.set_xlim(*across)
+    axes.set_ylim(float(middle[1] - half), float(middle[1] + half))
     axes.set_aspect("equal")
 
 
