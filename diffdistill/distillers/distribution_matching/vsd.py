@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from diffdistill import losses
+from diffdistill.alignment import hinge
 from diffdistill.condition import dropped
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.base import Batch, Loss
@@ -101,7 +102,7 @@ class VSD(DistributionMatching):
         terms = {"vsd": loss.mean()}
         if self.alignment is not None and weight:
             cosine = self.alignment(self.networks.codec.decode(x0), batch.cond)
-            terms["alignment"] = weight * (self.alignment_threshold - cosine).clamp(min=0).mean()
+            terms["alignment"] = weight * hinge(cosine, self.alignment_threshold).mean()
         return Loss(terms)
 
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
