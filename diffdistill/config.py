@@ -24,7 +24,7 @@ from .config_types import arms, convert, dot, parameters, short, show
 from .errors import UserError
 
 # The keys of the verbs' own files that name a file or folder.
-PATHS = ("run_dir", "run", "pipeline", "out")
+PATHS = ("run_dir", "run", "pipeline", "out", "merge")
 
 # Mappings keyed by role start empty, so that roles.student=lora names a key that no file holds.
 _ROLE_KEYED = re.compile(r"(?=(?:roles|init|trainer\.(?:optimizer|lr|clip|ema))(?:\.\w+)?=)")

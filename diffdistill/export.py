@@ -304,6 +304,12 @@ x0 = c_skip x + c_out F(x / sqrt(sigma^2 + sigma_data^2), 250 ln sigma). Pixels 
 
 def _figures(summary: Mapping[str, Any]) -> str:
     student = summary.get("student") or {}
+    if merged := summary.get("merged"):
+        share = merged["weight"]
+        return (
+            f"The weights are merged: {1 - share:g} of this run's student and {share:g} of that of `{merged['run']}`."
+            " No figures were measured.\n"
+        )
     if not student:
         return "No figures were measured in this run.\n"
     lines = [

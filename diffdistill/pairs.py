@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -23,14 +23,13 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffdistill.config_types import show
 from diffdistill.data import Data, epoch_indices
 from diffdistill.distillers.base import Batch, Pair
 from diffdistill.errors import UserError, require_at_least
-from diffdistill.networks.inputs import EmbeddingWithInputs
-from diffdistill.networks.lora import LoraLayer
+from diffdistill.networks.lora import base_state
 from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
 
@@ -109,7 +108,7 @@ class PairSource:
 
     def _key(self, recipe: Recipe, settings: Mapping[str, Any]) -> str:
         digest = hashlib.sha256()
-        for name, value in sorted(own_weights(recipe.networks.teacher)):
+        for name, value in sorted(base_state(recipe.networks.teacher)):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(_bytes(value))
         nodes = {name: _plain(settings[name]) for name in DECIDING}
@@ -151,19 +150,6 @@ def _no_folder(path: str) -> str:
     except OSError as error:  # too long, a loop of links
         return str(error.strerror)
     return "" if above.is_dir() else f"{above} is a file"
-
-
-def own_weights(teacher: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The teacher's weights by the names they had before adapters and extra inputs of other roles joined it."""
-    wrapped = [name for name, module in teacher.named_modules() if isinstance(module, LoraLayer | EmbeddingWithInputs)]
-    added = tuple(f"{name}.{part}." for name in wrapped for part in ("down", "up", "roles"))
-    for name, value in teacher.state_dict().items():
-        if name.startswith(added):
-            continue
-        for outer in sorted(wrapped, key=len, reverse=True):
-            if name.startswith(f"{outer}.base."):
-                name = f"{outer}.{name.removeprefix(f'{outer}.base.')}"
-        yield name, value
 
 
 def _plain(node: Any) -> Any:

@@ -15,6 +15,7 @@ from diffdistill.errors import UserError
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.run_folder import RunFolder
 from diffdistill.training_state import load_averaged
+from diffdistill.warm_start import start
 
 Choice = int | Literal["last", "best"]  # of a checkpoint: a step, the newest whole one, the best evaluated one
 _UNREAD = ("optimizer-", "snapshot-", "method.")  # files of a checkpoint that a reader of weights needs not
@@ -43,6 +44,19 @@ def load_run(run: str, choice: Choice = "last", key: str = "run") -> tuple[Recip
         first = str(error).strip().splitlines()[0]
         raise UserError(key, "must hold weights that fit its config.yaml", str(found.path), first) from error
     return recipe, settings
+
+
+def load_merged(run: str, other: str, share: float, choice: Choice = "last") -> tuple[Recipe, Mapping[str, Any]]:
+    """As `load_run`, its student's weights replaced by (1 - share) of them and `share` of the other run's student.
+
+    Adapters are merged first, so that either run may have trained one. choice: of a checkpoint, in both runs.
+    Raises UserError, naming `merge`, if the other is no run, or has another teacher or shape.
+    """
+    recipe, settings = load_run(run, choice)
+    second, _ = load_run(other, choice, "merge")
+    whole = assemble({**{str(key): settings[key] for key in settings}, "roles": {"student": "copy"}})
+    start(whole.networks, ["student"], [(recipe.networks, "student"), (second.networks, "student")], share, "merge")
+    return whole, settings
 
 
 def _check_nodes(settings: DictConfig) -> None:

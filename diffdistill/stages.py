@@ -19,6 +19,7 @@ from diffdistill.config_check import check
 from diffdistill.config_types import did_you_mean, show
 from diffdistill.errors import UserError
 from diffdistill.run_folder import RunFolder
+from diffdistill.warm_start import parse
 
 _OF_THE_RUN = ("stages", "run_dir", "resume", "dry_run", "command", "compile", "precision")
 
@@ -70,9 +71,10 @@ def _fits(merged: Mapping[str, Any], verb: Any, key: str) -> None:
 
 
 def _check_order(part: Part, before: list[str]) -> None:
-    for role, source in (part.settings["init"] or {}).items():
-        kind, _, rest = str(source).partition(":")
-        if kind == "stage" and rest.partition("@")[0] not in before:
-            key = ".".join(filter(None, ["stages" if part.name else "", part.name, "init", str(role)]))
-            fix = f"Before it: {', '.join(before)}." if before else "No stage is before it."
-            raise UserError(key, "must name an earlier stage", source, fix)
+    for role, text in (part.settings["init"] or {}).items():
+        key = ".".join(filter(None, ["stages" if part.name else "", part.name, "init", str(role)]))
+        for source in parse(key, str(text))[0]:
+            kind, _, name = source.where.partition(":")
+            if kind == "stage" and name not in before:
+                fix = f"Before it: {', '.join(before)}." if before else "No stage is before it."
+                raise UserError(key, "must name an earlier stage", text, fix)

@@ -20,7 +20,7 @@ from diffdistill.networks.roles import Networks
 from diffdistill.pictures import draw_picture, where
 from diffdistill.pipelines import PipelineSampler, with_steps
 from diffdistill.run_folder import RunFolder, read_json, writing
-from diffdistill.saved_run import Choice, load_run
+from diffdistill.saved_run import Choice, load_merged, load_run
 from diffdistill.solvers import Sampler
 
 SCHEMA = 1
@@ -85,20 +85,35 @@ def evaluate(
 
 
 def export(
-    run: str, out: str, checkpoint: int | Literal["last", "best"], steps: int | None, format: Literal["pipeline"]
+    run: str,
+    out: str,
+    checkpoint: int | Literal["last", "best"],
+    steps: int | None,
+    merge: str | None,
+    merge_weight: float,
+    format: Literal["pipeline"],
 ) -> str:
     """Write a run's generator as a stock diffusers folder, verified; returns its path.
 
-    steps: network calls, None is what the generator was made for.
+    steps: network calls, None is what the generator was made for.  merge: a second run of the same teacher; the
+    student is (1 - merge_weight) of the first one's weights and merge_weight of the second one's.
     """
+    if not 0 <= merge_weight <= 1:
+        fix = "0 is the run itself, 1 the one that merge names."
+        raise UserError("merge_weight", "must lie in [0, 1]", merge_weight, fix)
     if Path(out).exists() or Path(out).is_symlink():
         raise UserError("out", "must not exist yet", out, "Name another folder.")
-    recipe, settings = load_run(run, checkpoint)
+    if merge is None:
+        recipe, settings = load_run(run, checkpoint)
+    else:
+        recipe, settings = load_merged(run, merge, merge_weight, checkpoint)
     generator = with_steps(recipe.distiller.generator, steps)
     summary = Path(run) / "summary.json"
     same = checkpoint == "last" and generator.nfe == recipe.distiller.generator.nfe
     # the figures are of the last weights and the run's own steps
-    figures = read_json(summary, "run") if summary.is_file() and same else {}
+    figures = read_json(summary, "run") if summary.is_file() and same and merge is None else {}
+    if merge is not None:
+        figures = {"merged": {"run": merge, "weight": merge_weight}}
     with writing(out, "out", _ELSEWHERE):
         path = write_pipeline(recipe, Path(out), settings, figures, generator)
     Console().print(f"wrote {path}", soft_wrap=True)

@@ -35,6 +35,8 @@ RANGES: dict[str, tuple[str, ...]] = {
     "batch_size": COUNT,
     "replicates": COUNT,
     "pairs": ("1", "-1"),
+    "merge": ("nowhere", "''", "LONGNAME"),
+    "merge_weight": SHARE,
     "cache": ("''", "FINISHED/config.yaml/x", "LONGNAME"),
     "PairSource.seed": FROM_ZERO,
     "distillers": ("[]", "[nowhere]"),
@@ -45,7 +47,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "export.out": ("''", "FINISHED", "LONGNAME"),
     "evaluate.seed": FROM_ZERO,
     "metrics": ("[nowhere]",),
-    "init.student": ("nowhere", "stage:nowhere", "run:/nowhere"),
+    "init.student": ("nowhere", "stage:nowhere", "run:/nowhere", "run:FINISHED+2*run:FINISHED"),
     # compare
     "compare.data_name": ("gmm2d",),
     "compare.out": ("''", "FINISHED", "LONGNAME"),

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from config_keys import run
+from safetensors.torch import load_file
 
 from diffdistill.config import compose
 from diffdistill.errors import UserError
 from diffdistill.export import grid_indices, refusal, verify, write
 from diffdistill.generator import Generator
 from diffdistill.recipe import Recipe, assemble
+from diffdistill.saved_run import load_merged, load_run
 
 TINY = "{sample_size:8,in_channels:1,out_channels:1,layers_per_block:1,block_out_channels:[8,16],\
 down_block_types:[DownBlock2D,DownBlock2D],up_block_types:[UpBlock2D,UpBlock2D],norm_num_groups:4,num_class_embeds:11}"
@@ -223,3 +225,87 @@ def test_an_existing_folder_is_never_overwritten(exported: tuple[Path, Recipe]) 
     folder, recipe = exported
     with pytest.raises(UserError, match="must not exist yet"):
         write(recipe, folder, {}, {})
+
+
+# --- the weights of two runs
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two runs of one teacher, the second one's student an adapter; the first one was evaluated."""
+    folder = tmp_path_factory.mktemp("pair")
+    words = [
+        "train", "data=digits", "networks=digits_scratch", f"networks.config={TINY}", "trainer.batch_size=4",
+        "trainer.ema={}",
+    ]  # fmt: skip
+    judged = [
+        "evaluation.num_samples=70",
+        "evaluation.replicates=2",
+        "evaluation.teacher=none",
+        "evaluation.metrics=[fd_pixel]",
+    ]
+    first = [
+        "distiller=dmd2",
+        "trainer.steps=1",
+        "trainer.optimizer.default.lr=1e-2",
+        *judged,
+        f"run_dir={folder / 'a'}",
+    ]
+    lora = ["roles.student=lora", "lora.rank=2", "trainer.steps=10", "trainer.optimizer.default.lr=0.1"]
+    second = ["distiller=vsd", *lora, "evaluation=none", f"run_dir={folder / 'b'}"]
+    for own in (first, second):
+        assert run([*words, *own]).status == 0
+    return folder / "a", folder / "b"
+
+
+def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
+    """The student's, its adapter merged."""
+    return dict(recipe.networks.standalone("student").state_dict())
+
+
+def test_the_ends_of_a_merge_are_the_runs_themselves_bit_for_bit(pair: tuple[Path, Path]) -> None:
+    first, second = (str(path) for path in pair)
+    a, b = (weights(load_run(path)[0]) for path in (first, second))
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) > 1e-3
+    for run_, other in ((first, second), (second, first)):  # either may be the adapter
+        for share, path in ((0.0, run_), (1.0, other)):
+            found, wanted = weights(load_merged(run_, other, share)[0]), a if path == first else b
+            assert all(found[name].numpy().tobytes() == wanted[name].numpy().tobytes() for name in wanted)
+    found = weights(load_merged(second, first, 0.25)[0])
+    for name in a:
+        torch.testing.assert_close(found[name], 0.25 * a[name] + 0.75 * b[name], rtol=1e-6, atol=1e-8)
+
+
+def test_two_runs_are_exported_as_one(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    outcome = run(["export", f"run={pair[0]}", f"merge={pair[1]}", f"out={tmp_path / 'mean'}"])
+    assert (outcome.status, outcome.err) == (0, "")
+    found = load_file(tmp_path / "mean" / "unet" / "diffusion_pytorch_model.safetensors")
+    a, b = (weights(load_run(str(path))[0])["unet.conv_in.weight"] for path in pair)
+    torch.testing.assert_close(found["conv_in.weight"], (a + b) / 2, rtol=1e-6, atol=1e-8)
+    card = (tmp_path / "mean" / "README.md").read_text()
+    assert f"0.5 of this run's student and 0.5 of that of `{pair[1]}`" in card
+    assert "fd_pixel" in (pair[0] / "pipeline" / "README.md").read_text() and "fd_pixel" not in card
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("merge=nowhere", "merge must be a folder that `diffdistill train` wrote, got nowhere"),
+        ("merge={b} merge_weight=1.5", "merge_weight must lie in [0, 1]"),
+        ("merge={b} merge_weight=-1", "merge_weight must lie in [0, 1]"),
+        ("merge={b} merge_weight=nan", "merge_weight must"),
+        ("merge={b} checkpoint=1", "checkpoint must be one of the steps"),
+        ("merge={c}", "merge must mix two runs of one teacher"),
+    ],
+)
+def test_a_merge_that_cannot_be_is_one_message_and_writes_nothing(
+    words: str, message: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    given = ["train", "data=gmm2d", "distiller=dmd2", "trainer.steps=1", "trainer.batch_size=4", "evaluation=none"]
+    if "{c}" in words:
+        assert run([*given, f"run_dir={tmp_path / 'c'}"]).status == 0
+    named = words.format(b=pair[1], c=tmp_path / "c").split()
+    outcome = run(["export", f"run={pair[0]}", f"out={tmp_path / 'out'}", *named])
+    assert (outcome.status, outcome.fault) == (2, "")
+    assert message in outcome.err
+    assert not (tmp_path / "out").exists()

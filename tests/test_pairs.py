@@ -16,8 +16,9 @@ from diffdistill.cli import main
 from diffdistill.config import compose
 from diffdistill.errors import UserError
 from diffdistill.networks.call import recorded_passes
+from diffdistill.networks.lora import base_state
 from diffdistill.networks.roles import Networks, Role
-from diffdistill.pairs import Pairs, PairSource, own_weights, with_pairs
+from diffdistill.pairs import Pairs, PairSource, with_pairs
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.rng import Rng
 from diffdistill.saved_run import load_run
@@ -82,11 +83,11 @@ def test_whatever_decides_the_pairs_is_in_the_key(tmp_path: Path, change: dict) 
 def test_adapters_and_extra_inputs_on_the_shared_backbone_do_not_change_the_key(tmp_path: Path) -> None:
     recipe, _ = made(tmp_path)
     assert made(tmp_path, "roles.student=lora", "roles.fake_score=lora", "trainer.seed=3")[1].reused
-    plain = {name: value.clone() for name, value in own_weights(recipe.networks.teacher)}
+    plain = {name: value.clone() for name, value in base_state(recipe.networks.teacher)}
     teacher = recipe.networks.teacher
     with_inputs = Networks(teacher, {"student": Role(inputs=("w",))}, (2,), recipe.networks.cond, {"student": "lora"})
     assert "time_embedding.roles.student.w.last.weight" in with_inputs.teacher.state_dict()
-    joined = dict(own_weights(with_inputs.teacher))
+    joined = dict(base_state(with_inputs.teacher))
     assert joined.keys() == plain.keys() and all(torch.equal(joined[name], plain[name]) for name in plain)
 
 
@@ -104,7 +105,7 @@ def test_a_weight_that_is_named_like_an_adapter_counts() -> None:
     network = torch.nn.Module()
     network.down = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     network.base = torch.nn.Linear(2, 2)
-    assert {name for name, _ in own_weights(network)} == set(network.state_dict())
+    assert {name for name, _ in base_state(network)} == set(network.state_dict())
 
 
 @pytest.mark.parametrize("cache", ["", "{here}/file", "{here}/file/below", "x" * 5000])

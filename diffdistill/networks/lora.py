@@ -137,6 +137,19 @@ def merge(network: nn.Module, role: str) -> None:
             setattr(_parent(network, name), name.rsplit(".", 1)[-1], module.merged(role))
 
 
+def base_state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """A backbone's own weights, by the names they had before adapters and extra inputs of roles joined it."""
+    wrapped = [name for name, module in network.named_modules() if isinstance(module, LoraLayer | EmbeddingWithInputs)]
+    added = tuple(f"{name}.{part}." for name in wrapped for part in ("down", "up", "roles"))
+    for name, value in network.state_dict().items():
+        if name.startswith(added):
+            continue
+        for outer in sorted(wrapped, key=len, reverse=True):
+            if name.startswith(f"{outer}.base."):
+                name = f"{outer}.{name.removeprefix(f'{outer}.base.')}"
+        yield name, value
+
+
 def _added(network: nn.Module) -> set[nn.Module]:
     """What lies inside adapted layers, and the embedders of extra inputs: none of it gets an adapter."""
     inside: set[nn.Module] = set()
