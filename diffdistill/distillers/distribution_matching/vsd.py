@@ -10,7 +10,7 @@ Headline: SD2.1, COCO-30k FID 16.67 (v2: 8.14).
 ^g: classifier-free guidance of the same scale on both.  w = alpha sigma: sigma^2 on the difference of noise
 predictions.  cos: similarity of image and text embeddings, v2's hinge (Dao et al. 2024, arXiv:2408.14176), its weight a
 falling linearly to 0; off without an `alignment`.  The student steps first, the critic on the same samples.
-v2's merge of two students' weights is not here.
+v2's merge of two students' weights is `export run=A merge=B`, or `init.student=run:A+0.5*run:B`.
 """
 
 from __future__ import annotations
