@@ -225,7 +225,7 @@ def _conclude(plan: Plan, first: Entry, rows: Sequence[Row], console: Console) -
             all_rows.append(_read(Entry(name, tuple(found["words"]), steps, updates), run))
         elif found.get("error"):
             all_rows.append(Row(name, updates=updates, steps=steps, error=found["error"]))
-    settings = _settings(folder, first.name, first.words, first.steps)
+    settings = _with_plain_teacher(_settings(folder, first.name, first.words, first.steps), plan)
     with writing(folder, "out"):
         teachers = _teachers(folder, settings, all_rows)
         files = write_report(folder, settings, plan.shared, [*teachers, *all_rows], console)
@@ -233,6 +233,16 @@ def _conclude(plan: Plan, first: Entry, rows: Sequence[Row], console: Console) -
     for file in files:
         console.print(f"  {file}", soft_wrap=True, highlight=False)
     return 1 if any(row.error for row in all_rows) else 0
+
+
+def _with_plain_teacher(settings: DictConfig, plan: Plan) -> DictConfig:
+    """The settings under the guidance that the comparison itself asks for, not under that of one method's recipe.
+
+    Else the teacher's row would depend on which method was named first.
+    """
+    asked = [word for word in plan.shared["overrides"] if word.lstrip("+~").startswith("guidance")]
+    stock = compose("train", [f"data={plan.shared['data'].split()[0]}", *asked, "run_dir=none"])
+    return cast("DictConfig", OmegaConf.merge(settings, {"guidance": stock.guidance}))
 
 
 def _teachers(folder: Path, settings: DictConfig, rows: Sequence[Row]) -> list[Row]:

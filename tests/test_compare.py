@@ -273,6 +273,20 @@ def test_a_dry_run_checks_and_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "dry").exists()
 
 
+def test_the_teachers_row_is_the_plain_teacher_whichever_method_comes_first(two: Path, tmp_path: Path) -> None:
+    """A guided recipe is trained on another teacher; the table's is the one all methods are held against."""
+    shutil.copytree(two, out := tmp_path / "out")
+    from diffdistill.compare import _with_plain_teacher
+    from diffdistill.compare_plan import Plan
+
+    stored = json.loads((out / "compare.json").read_text())
+    guided = settings("sid_lsg", "guidance.scale=1.5", "experiment=none")
+    plan = Plan(out, {key: stored[key] for key in ("data", "overrides", "seed", "budget")})
+    assert _with_plain_teacher(guided, plan).guidance.scale == 1.0
+    asked = Plan(out, {**plan.shared, "overrides": ["guidance.scale=2.0"]})
+    assert _with_plain_teacher(guided, asked).guidance.scale == 2.0
+
+
 def test_values_of_the_data_reach_every_method(tmp_path: Path) -> None:
     run(tmp_path / "out", *WORDS, "data.std=0.07", "distillers=[consistency]")
     assert "std: 0.07" in (tmp_path / "out" / "consistency" / "config.yaml").read_text()
