@@ -148,18 +148,18 @@ def _drawable(row: Row, distance: str) -> bool:
 
 
 def _samples(folder: Path, settings: DictConfig, data: Data, rows: Sequence[Row]) -> Path:
-    """All generators and the teacher from the same noise and classes."""
+    """All generators and the teacher from the same noise and classes; titles: name, network evaluations."""
     path = folder / "samples.png"
     image = len(data.shape) == 3
     columns = data.num_classes if 2 <= data.num_classes <= MOST_CLASSES else 8
     num = 6 * columns if image else 2000
     labels = torch.arange(num) % data.num_classes if data.num_classes else None
     recipe = assemble(settings)
-    samplers: dict[str, Any] = {f"teacher, {recipe.sampler.nfe} evaluations": recipe.sampler}
+    samplers: dict[str, Any] = {f"teacher, {recipe.sampler.nfe}": recipe.sampler}
     panels: dict[str, torch.Tensor] = {}
     for row in rows:
         if row.steps is not None and not row.error:
-            samplers[f"{row.name}, {row.figures.get('nfe', '')}".rstrip(", ")] = folder / row.name
+            samplers[row.name if "nfe" not in row.figures else f"{row.name}, {row.figures['nfe']}"] = folder / row.name
     for title, source in samplers.items():
         if isinstance(source, Path):
             recipe, _ = load_run(str(source))

@@ -126,13 +126,13 @@ def distance_against_cost(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5.5), layout="tight")
+    figure = Figure(figsize=(9.5, 5.5), layout="tight")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    # names beside the points would cover each other where methods cost and reach the same
     for index, (name, (cost, distance)) in enumerate(sorted(points.items(), key=lambda item: item[1][1])):
-        axes.scatter([cost], [distance], s=28, color=f"C{index % 10}", zorder=3)
-        axes.annotate(
-            name, (cost, distance), xytext=(5, 4 if index % 2 else -10), textcoords="offset points", fontsize=9
+        axes.scatter(
+            [cost], [distance], s=36, color=f"C{index % 10}", marker="os^Dv"[index // 10 % 5], label=name, zorder=3
         )
     for index, (name, distance) in enumerate(lines.items()):
         axes.axhline(distance, color="0.4", linestyle=("--", ":", "-.")[index % 3], linewidth=1, label=name)
@@ -142,8 +142,7 @@ def distance_against_cost(
     axes.set_ylabel(labels[1])
     axes.grid(True, which="both", linewidth=0.3)
     axes.margins(x=0.15, y=0.12)
-    if lines:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, fontsize=9)  # below: it covers no point
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9, title="nearest first")
     figure.savefig(str(path), dpi=120)
 
 
