@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
+from diffdistill.networks.roles import Networks
 from diffdistill.process import NoiseProcess
 
 # (target, fake_score, x_t, t, cond) -> log r [B]: a ratio that is known, for closed-form networks
@@ -70,6 +72,33 @@ class RatioHistogram:
         return (
             process.angle(t).clamp(1e-4, torch.pi / 2 - 1e-4).tan().log()
         )  # finite where a process ends in pure noise
+
+
+class DensityRatio:
+    """r at (x_t, t), clamped and divided by its moving mean over noise levels.
+
+    known: log r where it is known, None reads the discriminator's log ratio.  clamp: of r.  num_bins, rate: of the
+    `RatioHistogram`.
+    """
+
+    def __init__(self, known: KnownLogRatio | None, clamp: Clamp, num_bins: int, rate: float) -> None:
+        self.known, self.clamp, self.histogram = known, clamp, RatioHistogram(num_bins, rate)
+
+    def at(self, networks: Networks, x_t: Tensor, t: Tensor, cond: Cond, log_ratio: Tensor | None) -> Tensor:
+        """r [B], detached. log_ratio: the discriminator's [B]; None without one, which the reverse KL allows."""
+        target: Denoiser = networks["target"]
+        if self.known is not None:
+            log_ratio = self.known(target, networks["fake_score"], x_t, t, cond)
+        found = torch.zeros_like(t) if log_ratio is None else log_ratio.detach()
+        return self.histogram.normalised(self.clamp(found), t, target.process, networks.mean)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The histogram's means, [num_bins]."""
+        return {"ratio_means": self.histogram.means.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.histogram.means = state["ratio_means"].clone()
 
 
 def check_ratio(num_bins: int, rate: float) -> None:

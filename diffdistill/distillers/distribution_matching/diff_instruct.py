@@ -19,7 +19,7 @@ from torch import Tensor
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.matching import DistributionMatching
-from diffdistill.distillers.distribution_matching.terms import Ratio, noised, pull
+from diffdistill.distillers.distribution_matching.terms import Ratio, noised, pull, weighted
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.rng import Rng
 
@@ -40,8 +40,7 @@ def generator_loss(
     x0, eps: [B, *shape]; t: [B]. Both denoisers see the same x_t and get no gradient. ratio: a factor of its own.
     """
     n = noised(target, fake_score, x0, eps, t, cond, through=False)
-    w = weight(x0, n.d_target, t, n.process)
-    return (w if ratio is None else w * ratio(n.x_t, t, cond)).detach() * pull(n)
+    return weighted(n, cond, weight, ratio) * pull(n)
 
 
 class DiffInstruct(DistributionMatching):

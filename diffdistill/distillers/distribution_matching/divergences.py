@@ -22,21 +22,18 @@ Function = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Divergence:
-    """f, h and k of r > 0, elementwise.  mode_seeking: h falls with r, so modes the student lacks pull little."""
+    """f, h and k of r > 0, elementwise.  mode_seeking: h falls with r, so modes the student lacks pull little.
+    needs_ratio: whether h depends on r at all."""
 
     f: Function
     h: Function
     k: Function
     mode_seeking: bool = False
-
-    @property
-    def needs_ratio(self) -> bool:
-        """Whether h depends on r."""
-        return self is not DIVERGENCES["rkl"]
+    needs_ratio: bool = True
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "rkl": Divergence(lambda r: -torch.log(r), torch.ones_like, torch.ones_like, mode_seeking=True),
+    "rkl": Divergence(lambda r: -torch.log(r), torch.ones_like, torch.ones_like, mode_seeking=True, needs_ratio=False),
     "softened_rkl": Divergence(
         lambda r: (r + 1) * torch.log(0.5 + 0.5 / r),
         lambda r: 1 / (1 + r),

@@ -23,8 +23,7 @@ from diffdistill import losses
 from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.diff_instruct import generator_loss
-from diffdistill.distillers.distribution_matching.encoder_gan import check_gan_weights
-from diffdistill.distillers.distribution_matching.matching import DistributionMatching
+from diffdistill.distillers.distribution_matching.matching import DistributionMatching, check_gan_weights
 from diffdistill.distillers.distribution_matching.weights import SampleWeight, inverse_omega, unit
 from diffdistill.errors import require_at_least
 from diffdistill.generator import Renoise, Until

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from diffdistill import losses
 from diffdistill.denoiser import Cond, Denoiser
-from diffdistill.errors import UserError
 
 CLAMP = 10.0  # of logits, as in the paper's code
 
@@ -56,14 +55,3 @@ def discriminator(
     on_real, on_fake = logits_at(fake_score, x_t, torch.cat([t, t]), twice).split(size)
     loss = 0.5 * per_sample(losses.gan_discriminator(on_real, on_fake))
     return loss, (per_sample(on_real) - per_sample(on_fake)).detach()
-
-
-def check_gan_weights(gan_weight: float, critic_gan_weight: float, examples: tuple[object, object]) -> None:
-    """Refuse a GAN of which one half is on and the other off."""
-    if min(gan_weight, critic_gan_weight) < 0 or (gan_weight > 0) != (critic_gan_weight > 0):
-        raise UserError(
-            "gan_weight, critic_gan_weight",
-            "must both be > 0 (GAN) or both 0 (no GAN)",
-            (gan_weight, critic_gan_weight),
-            f"The paper uses {examples[0]} and {examples[1]}.",
-        )

@@ -25,14 +25,14 @@ from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.density_ratio import (
     Clamp,
+    DensityRatio,
     KnownLogRatio,
-    RatioHistogram,
     check_ratio,
     check_source,
 )
 from diffdistill.distillers.distribution_matching.divergences import DIVERGENCES, Name
 from diffdistill.distillers.distribution_matching.dmd2 import DMD2, Features
-from diffdistill.distillers.distribution_matching.terms import Ratio, noised, pull
+from diffdistill.distillers.distribution_matching.terms import Ratio, noised, pull, weighted
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.errors import require_at_least, require_positive
 from diffdistill.generator import Renoise, Until
@@ -65,7 +65,7 @@ def generator_loss(
         h = DIVERGENCES[divergence].h(r)
         if mean is not None:
             h = h / mean(h)
-    return (weight(x0, n.d_target, t, n.process) * h).detach() * pull(n)
+    return weighted(n, cond, weight) * h * pull(n)
 
 
 class FDistill(DMD2):
@@ -102,8 +102,7 @@ class FDistill(DMD2):
             student_every, gan_weight, critic_gan_weight, gan_features,
         )  # fmt: skip
         self.divergence: Name = divergence
-        self.known_ratio, self.clamp = known_ratio, clamp
-        self.histogram = RatioHistogram(ratio_bins, ratio_rate)
+        self.ratio = DensityRatio(known_ratio, clamp, ratio_bins, ratio_rate)
         self.r1_weight, self.r1_std = r1_weight, r1_std
 
     @classmethod
@@ -151,19 +150,13 @@ class FDistill(DMD2):
         return Loss({**found.terms, "r1": self.r1_weight * change.square().mean()}, found.stats)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ratio_means": self.histogram.means.clone()}
+        return self.ratio.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.histogram.means = state["ratio_means"].clone()
+        self.ratio.load_state_dict(state)
 
     def _ratio(self, logit: Tensor | None, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        if self.known_ratio is not None:
-            log_ratio = self.known_ratio(self.target, self.fake_score, x_t, t, cond)
-        elif logit is not None:
-            log_ratio = logit.detach()
-        else:  # rkl alone gets here, whose h is 1
-            log_ratio = torch.zeros_like(t)
-        return self.histogram.normalised(self.clamp(log_ratio), t, self.target.process, self.networks.mean)
+        return self.ratio.at(self.networks, x_t, t, cond, logit)
 
     def _mean(self, h: Tensor) -> Tensor:
         return self.networks.mean(h.mean())

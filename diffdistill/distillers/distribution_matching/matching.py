@@ -13,6 +13,7 @@ from diffdistill import losses
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
+from diffdistill.errors import UserError
 from diffdistill.generator import Generator, Renoise, Rollout, Until
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
@@ -131,3 +132,14 @@ class DistributionMatching(Distiller):
             return batch.memo["until"]
 
         return self.generator.rollout(z, batch.cond, rng, until)
+
+
+def check_gan_weights(gan_weight: float, critic_gan_weight: float, examples: tuple[object, object]) -> None:
+    """Refuse a GAN of which one half is on and the other off."""
+    if min(gan_weight, critic_gan_weight) < 0 or (gan_weight > 0) != (critic_gan_weight > 0):
+        raise UserError(
+            "gan_weight, critic_gan_weight",
+            "must both be > 0 (GAN) or both 0 (no GAN)",
+            (gan_weight, critic_gan_weight),
+            f"The paper uses {examples[0]} and {examples[1]}.",
+        )

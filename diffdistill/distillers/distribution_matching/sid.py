@@ -22,7 +22,7 @@ from diffdistill import losses
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.matching import DistributionMatching
-from diffdistill.distillers.distribution_matching.terms import Ratio, fisher, noised, projection
+from diffdistill.distillers.distribution_matching.terms import Ratio, identity, noised, weighted
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.generator import Renoise, Until
 from diffdistill.networks.roles import Networks
@@ -47,11 +47,7 @@ def generator_loss(
     x0, eps: [B, *shape]; t: [B]. ratio: a further factor, detached.
     """
     n = noised(target, fake_score, x0, eps, t, cond, through=True)
-    w = weight(x0, n.d_target, t, n.process)
-    w = (w if ratio is None else w * ratio(n.x_t, t, cond)).detach()
-    if alpha == 1:  # the factored form alone: nothing cancels
-        return w * projection(n)
-    return w * (projection(n) + (1 - alpha) * fisher(n))
+    return weighted(n, cond, weight, ratio) * identity(n, alpha)
 
 
 class SiD(DistributionMatching):

@@ -21,6 +21,7 @@ from typing import Any
 from diffdistill import losses
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching import encoder_gan
+from diffdistill.distillers.distribution_matching.matching import check_gan_weights
 from diffdistill.distillers.distribution_matching.sid_lsg import SiDLSG, generator_loss
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.errors import UserError, require_at_least
@@ -78,7 +79,7 @@ class SiDFewStep(SiDLSG):
         cls, num_steps: int = 1, gan_weight: float = 0.0, critic_gan_weight: float = 0.0, **hyperparameters: Any
     ) -> frozenset[str]:
         require_at_least(1, num_steps=num_steps)
-        encoder_gan.check_gan_weights(gan_weight, critic_gan_weight, (1e-3, 1))
+        check_gan_weights(gan_weight, critic_gan_weight, (1e-3, 1))
         return super().needs(**hyperparameters) | ({"x0"} if gan_weight else set())
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:

@@ -24,11 +24,10 @@ from diffdistill.condition import dropped
 from diffdistill.denoiser import Cond, Denoiser, Guidance
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.sid import SiD
-from diffdistill.distillers.distribution_matching.terms import Ratio
+from diffdistill.distillers.distribution_matching.terms import Ratio, identity, noised, weighted
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.errors import UserError
 from diffdistill.generator import Renoise, Until
-from diffdistill.losses import sample_mean
 from diffdistill.networks.roles import Networks
 from diffdistill.rng import Rng
 from diffdistill.times import TimeLaw
@@ -52,14 +51,9 @@ def generator_loss(
     x0, eps: [B, *shape]; t: [B]. fake_score: under k2.  projected: the fake under k3, None where k3 = k2 (one pass).
     ratio: a further factor, detached.
     """
-    x_t = target.process.add_noise(x0, eps, t)
-    d_target, d_fake = target(x_t, t, cond), fake_score(x_t, t, cond)
-    d_projected = d_fake if projected is None else projected(x_t, t, cond)
-    w = weight(x0, d_target, t, target.process)
-    w = (w if ratio is None else w * ratio(x_t, t, cond)).detach()
-    gap = d_target - d_fake
-    loss = sample_mean(gap * (d_projected - x0))
-    return w * (loss if alpha == 1 else loss + (1 - alpha) * sample_mean(gap.square()))
+    n = noised(target, fake_score, x0, eps, t, cond, through=True)
+    d_projected = None if projected is None else projected(n.x_t, t, cond)
+    return weighted(n, cond, weight, ratio) * identity(n, alpha, d_projected)
 
 
 class SiDLSG(SiD):

@@ -23,8 +23,9 @@ from diffdistill import losses
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching import encoder_gan
+from diffdistill.distillers.distribution_matching.matching import check_gan_weights
 from diffdistill.distillers.distribution_matching.sid import SiD
-from diffdistill.distillers.distribution_matching.terms import Ratio, fisher, noised, projection
+from diffdistill.distillers.distribution_matching.terms import Ratio, identity, noised, weighted
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.errors import require_at_least
 from diffdistill.generator import Renoise, Until
@@ -51,10 +52,8 @@ def generator_loss(
     x0, eps: [B, *shape]; t: [B]. adversarial: a scalar, called after both networks. ratio: a further factor, detached.
     """
     n = noised(target, fake_score, x0, eps, t, cond, through=True)
-    w = weight(x0, n.d_target, t, n.process)
-    w = (w if ratio is None else w * ratio(n.x_t, t, cond)).detach()
-    loss = projection(n) if alpha == 1 else projection(n) + (1 - alpha) * fisher(n)
-    return w * (loss if adversarial is None else loss + adversarial())
+    loss = identity(n, alpha)
+    return weighted(n, cond, weight, ratio) * (loss if adversarial is None else loss + adversarial())
 
 
 class SiDA(SiD):
@@ -91,7 +90,7 @@ class SiDA(SiD):
         gan_from: int = 0,
         **hyperparameters: Any,
     ) -> frozenset[str]:
-        encoder_gan.check_gan_weights(gan_weight, critic_gan_weight, (1e-4, "1 / (number of coordinates)"))
+        check_gan_weights(gan_weight, critic_gan_weight, (1e-4, "1 / (number of coordinates)"))
         require_at_least(0, student_from=student_from, gan_from=gan_from)
         return frozenset({"x0"} if gan_weight else set())
 
@@ -109,7 +108,7 @@ class SiDA(SiD):
                 return self.gan_weight * losses.gan_generator(encoder_gan.recorded(found)).mean()
 
             loss = self.matched(x0, eps, t, batch.cond, adversarial if self._gan_is_on(step) else None, found)
-        return Loss({"student": loss.mean()})
+        return Loss({"matching": loss.mean()})
 
     def matched(
         self,

@@ -23,7 +23,7 @@ from diffdistill import losses
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.matching import DistributionMatching
-from diffdistill.distillers.distribution_matching.terms import Ratio, noised, projection
+from diffdistill.distillers.distribution_matching.terms import Ratio, noised, projection, weighted
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.errors import UserError
 from diffdistill.generator import Renoise, Until
@@ -52,8 +52,7 @@ def generator_loss(
     x0, eps: [B, *shape]; t: [B]. The norm sums over coordinates. ratio: a further factor, detached.
     """
     n = noised(target, fake_score, x0, eps, t, cond, through=True)
-    w = weight(x0, n.d_target, t, n.process)
-    w = (w if ratio is None else w * ratio(n.x_t, t, cond)).detach()
+    w = weighted(n, cond, weight, ratio)
     if distance == "l2":
         return w * projection(n)
     assert c is not None

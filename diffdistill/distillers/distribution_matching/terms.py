@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.losses import sample_mean
 from diffdistill.process import NoiseProcess
 
@@ -54,6 +55,12 @@ def noised(
         return Noised(process, x0, x_t, t, target(x_t, t, cond), fake_score(x_t, t, cond))
 
 
+def weighted(n: Noised, cond: Cond, weight: SampleWeight, ratio: Ratio | None = None) -> Tensor:
+    """W of each sample, times the ratio if there is one, [B], detached."""
+    w = weight(n.x0, n.d_target, n.t, n.process)
+    return (w if ratio is None else w * ratio(n.x_t, n.t, cond)).detach()
+
+
 def pull(n: Noised) -> Tensor:
     """<sg[D_fake - D_target], x0>, [B]; only its gradient has meaning."""
     return sample_mean(-n.gap.detach() * n.x0)
@@ -67,3 +74,9 @@ def projection(n: Noised) -> Tensor:
 def fisher(n: Noised) -> Tensor:
     """|gap|^2, [B]."""
     return sample_mean(n.gap.square())
+
+
+def identity(n: Noised, alpha: float, d_projected: Tensor | None = None) -> Tensor:
+    """<gap, D - x0> + (1 - alpha) |gap|^2, [B]: SiD's loss. D: D_fake, or another view of it."""
+    projected = projection(n) if d_projected is None else sample_mean(n.gap * (d_projected - n.x0))
+    return projected if alpha == 1 else projected + (1 - alpha) * fisher(n)  # at 1 nothing cancels

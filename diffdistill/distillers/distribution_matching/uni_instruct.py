@@ -26,14 +26,14 @@ from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.distribution_matching import encoder_gan
 from diffdistill.distillers.distribution_matching.density_ratio import (
     Clamp,
+    DensityRatio,
     KnownLogRatio,
-    RatioHistogram,
     check_ratio,
     check_source,
 )
 from diffdistill.distillers.distribution_matching.divergences import DIVERGENCES, Name
 from diffdistill.distillers.distribution_matching.sida import SiDA
-from diffdistill.distillers.distribution_matching.terms import Noised, Ratio, fisher, noised, projection
+from diffdistill.distillers.distribution_matching.terms import Noised, Ratio, fisher, noised, projection, weighted
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.generator import Renoise, Until
 from diffdistill.networks.roles import Networks
@@ -63,14 +63,13 @@ def generator_loss(
     At w = 1 and form=exact the gradient is sigma^4/alpha^2 that of E h(r) |s_target - s_fake|^2 at t.
     """
     n = noised(target, fake_score, x0, eps, t, cond, through=True)
-    w = weight(x0, n.d_target, t, n.process).detach()
     r = torch.ones_like(t) if ratio is None else ratio(n.x_t, t, cond).detach()
     moving = r if ratio is None else _moving(r, n)
     div = DIVERGENCES[divergence]
     loss = 2 * div.h(moving if form == "exact" else r) * projection(n)
     if form != "projected":
         loss = loss + div.k(moving) * fisher(n)
-    return w * (loss if adversarial is None else loss + adversarial())
+    return weighted(n, cond, weight) * (loss if adversarial is None else loss + adversarial())
 
 
 def _moving(r: Tensor, n: Noised) -> Tensor:
@@ -112,8 +111,7 @@ class UniInstruct(SiDA):
         )  # fmt: skip
         self.divergence: Name = divergence
         self.form: Form = form
-        self.known_ratio, self.clamp = known_ratio, clamp
-        self.histogram = RatioHistogram(ratio_bins, ratio_rate)
+        self.ratio = DensityRatio(known_ratio, clamp, ratio_bins, ratio_rate)
 
     @classmethod
     def needs(  # type: ignore[override]
@@ -139,13 +137,9 @@ class UniInstruct(SiDA):
         found: dict[int, list[Tensor]],
     ) -> Tensor:
         def ratio(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-            if self.known_ratio is not None:
-                log_ratio = self.known_ratio(self.target, self.fake_score, x_t, t, cond)
-            elif self.gan_weight:
-                log_ratio = encoder_gan.mean_log_ratio(encoder_gan.recorded(found))
-            else:  # rkl alone gets here, whose h and k are 1
-                log_ratio = torch.zeros_like(t)
-            return self.histogram.normalised(self.clamp(log_ratio), t, self.target.process, self.networks.mean)
+            logits = encoder_gan.recorded(found) if self.gan_weight else None
+            log_ratio = None if logits is None else encoder_gan.mean_log_ratio(logits)
+            return self.ratio.at(self.networks, x_t, t, cond, log_ratio)
 
         return generator_loss(
             self.target, self.fake_score, x0, eps, t, cond,
@@ -153,7 +147,7 @@ class UniInstruct(SiDA):
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ratio_means": self.histogram.means.clone()}
+        return self.ratio.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.histogram.means = state["ratio_means"].clone()
+        self.ratio.load_state_dict(state)

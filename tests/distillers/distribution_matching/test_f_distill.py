@@ -141,9 +141,9 @@ def test_the_weights_have_mean_one_over_the_batch() -> None:
 
 def test_the_histogram_is_saved_and_restored() -> None:
     first, second = mlp_recipe("f_distill").distiller, mlp_recipe("f_distill").distiller
-    first.histogram.means[3] = 2.5  # type: ignore[attr-defined]
+    first.ratio.histogram.means[3] = 2.5  # type: ignore[attr-defined]
     second.load_state_dict(first.state_dict())
-    assert float(second.histogram.means[3]) == 2.5  # type: ignore[attr-defined]
+    assert float(second.ratio.histogram.means[3]) == 2.5  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("method", ["f_distill", "uni_instruct"])
