@@ -153,7 +153,19 @@ def measure(
         figures |= {"precision": four.precision, "recall": four.recall,
                     "density": four.density, "coverage": four.coverage}  # fmt: skip
 
-    return figures, Protocol(
+    return figures, _protocol(samples, reference, features, seed, replicates, prdc_space)
+
+
+def _protocol(
+    samples: Tensor,
+    reference: Reference,
+    features: FeatureNetwork | None,
+    seed: int,
+    replicates: int,
+    prdc_space: Literal["values", "features"],
+) -> Protocol:
+    """What figures of these samples hold under."""
+    return Protocol(
         reference=reference.name,
         reference_sha256=tensor_sha256(reference.data, reference.labels),
         reference_size=len(reference.data),
@@ -161,7 +173,7 @@ def measure(
         num_samples=len(samples),
         seed=seed,
         resize="none",
-        clip=(-1.0, 1.0) if is_image else None,
+        clip=(-1.0, 1.0) if reference.data.ndim == 4 else None,
         dtype=str(samples.dtype).removeprefix("torch."),
         statistics_dtype="float64",
         covariance_eps=0.0,

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quadrature import ALPHA, SIGMA, denoiser
+from quadrature import ALPHA, SIGMA, Fixed, denoiser
 
 from diffdistill.config import compose
-from diffdistill.denoiser import Guidance
+from diffdistill.denoiser import Denoiser, Guidance
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching import sid, sid_lsg
 from diffdistill.distillers.distribution_matching.sid_few_step import linear_times
 from diffdistill.distillers.distribution_matching.weights import unit
 from diffdistill.errors import UserError
+from diffdistill.losses import denoising, unit_weight
 from diffdistill.networks.call import recorded_passes
+from diffdistill.networks.exact import Gaussian
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.rng import Rng
 
@@ -126,17 +128,17 @@ def test_a_fake_equal_to_the_teacher_gives_no_loss_at_equal_scales(scale: float)
 
 
 def test_the_critics_null_branch_gets_one_minus_k_over_k_of_the_conditional_ones_gradient() -> None:
-    target = denoiser(0.7, 1.3)
-    cond = torch.tensor([[0.3]], dtype=torch.float64, requires_grad=True)
-    null = torch.tensor([[0.1]], dtype=torch.float64, requires_grad=True)
-    k, x0 = 3.0, torch.tensor([[0.5]], dtype=torch.float64)
-    guided = null + k * (cond - null)
-    (guided - x0).square().sum().backward()
-    assert float(null.grad) == pytest.approx((1 - k) / k * float(cond.grad))  # type: ignore[arg-type]
-    # and the view does exactly that
-    recipe = mlp_recipe("sid_lsg", "guidance.scale=3.0")
-    view = recipe.distiller.fake(None)  # type: ignore[attr-defined]
-    assert view.guidance is not None and view.guidance.scale == 3.0 and target.guidance is None
+    """The loss sits on the guided prediction, as in SiD-LSG's critic: both branches learn from one residual."""
+    k, network = 3.0, Gaussian(Fixed(), [[0.3], [0.1]], [[1.0], [1.0]], trainable=True)
+    view = Denoiser(network, "fake_score").guided(Guidance(k, {"label": torch.tensor([1])}))
+    rng = Rng(0, 0, "critic", range(16))
+    x0, eps = rng.normal((16, 1), torch.float64), rng.normal((16, 1), torch.float64)
+    cond, t = {"label": torch.zeros(16, dtype=torch.int64)}, torch.full((16,), 0.5, dtype=torch.float64)
+    denoising(view, x0, eps, t, cond, unit_weight).mean().backward()
+    conditional, null = network.mean.grad[:, 0].tolist()  # type: ignore[index]
+    assert conditional != 0 and null == pytest.approx((1 - k) / k * conditional)
+    lsg = mlp_recipe("sid_lsg", "guidance.scale=3.0").distiller.fake(None)  # type: ignore[attr-defined]
+    assert lsg.guidance is not None and lsg.guidance.scale == k
 
 
 def test_four_scales_reach_the_views_they_are_for() -> None:
