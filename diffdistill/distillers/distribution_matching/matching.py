@@ -107,7 +107,7 @@ class DistributionMatching(Distiller):
 
     def critic_samples(self, batch: Batch, rng: Rng) -> Tensor:
         """Samples x0 [B, *shape] without gradient, for the critic."""
-        if self.critic_first or "rollout" not in batch.memo:
+        if "rollout" not in batch.memo:  # the student has not stepped yet, or does not step
             with torch.no_grad():
                 batch.memo["rollout"] = self._rollout(batch, rng)
         rollout: Rollout = batch.memo["rollout"]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from optimum import gauss_recipe
+from quadrature import denoiser
 
 from diffdistill.config import compose
 from diffdistill.distillers.base import Batch
-from diffdistill.distillers.distribution_matching import encoder_gan
+from diffdistill.distillers.distribution_matching import encoder_gan, sid
 from diffdistill.distillers.distribution_matching.density_ratio import Clamp, RatioHistogram
 from diffdistill.distillers.distribution_matching.divergences import DIVERGENCES
 from diffdistill.distillers.distribution_matching.dmd2 import DMD2
+from diffdistill.distillers.distribution_matching.weights import unit
 from diffdistill.errors import UserError
 from diffdistill.process import EDM
 from diffdistill.recipe import Recipe, assemble
@@ -155,7 +159,7 @@ def test_a_ratio_without_a_gan_is_refused_except_where_none_is_needed(method: st
 
 
 def test_no_gradient_reaches_the_discriminator_or_the_student_through_the_weight() -> None:
-    recipe = gauss_recipe("f_distill", *GAN, "distiller.known_ratio=null", "distiller.divergence=fkl")
+    recipe = mlp_recipe("f_distill", *GAN, "distiller.divergence=fkl")
     terms = student_terms(recipe)
     (terms["f"] + terms["gan"]).backward()
     for role in ("discriminator", "fake_score"):
@@ -172,3 +176,28 @@ def test_r1_looks_at_the_same_noised_input_and_vanishes_with_its_noise() -> None
         recipe.networks.train_only(phase.trains)
         found.append(float(phase.loss(batch, Rng(0, 0, "critic", range(64))).terms["r1"].detach()))
     assert found[0] > 0 and found[1] < 1e-6 * found[0]
+
+
+@pytest.mark.parametrize("method", ["f_distill", "uni_instruct"])
+def test_what_the_discriminator_takes_for_real_has_the_larger_ratio(method: str) -> None:
+    recipe = mlp_recipe(method, *GAN)
+    x_t, t = torch.zeros(2, 2), torch.ones(2)
+    log_ratio = torch.tensor([1.0, -1.0], requires_grad=True)
+    ratio = recipe.distiller.ratio.at(recipe.networks, x_t, t, {}, log_ratio)  # type: ignore[attr-defined]
+    assert float(ratio[0] / ratio[1]) == pytest.approx(math.exp(2)) and not ratio.requires_grad
+
+
+def test_a_ratio_or_weight_with_a_graph_gives_the_loss_no_gradient_through_it() -> None:
+    x0 = torch.tensor([[0.5], [1.5]], dtype=torch.float64, requires_grad=True)
+    eps, t = torch.zeros(2, 1, dtype=torch.float64), torch.full((2,), 0.5, dtype=torch.float64)
+    views = denoiser(0.7, 1.3), denoiser(-0.2, 0.9)
+
+    def gradient(held: bool) -> torch.Tensor:
+        def ratio(x_t: torch.Tensor, t: torch.Tensor, cond: object) -> torch.Tensor:
+            r = x_t[:, 0].exp()
+            return r.detach() if held else r
+
+        loss = sid.generator_loss(*views, x0, eps, t, {}, weight=unit, alpha=1.0, ratio=ratio)
+        return torch.autograd.grad(loss.sum(), x0)[0]
+
+    assert torch.equal(gradient(False), gradient(True))

@@ -126,3 +126,20 @@ def test_half_a_gan_is_refused_and_a_whole_one_asks_for_data(name: str) -> None:
     with pytest.raises(UserError, match=r"distiller\.gan_weight, distiller\.critic_gan_weight must both"):
         recipe_of(name, "distiller.gan_weight=1.0", "distiller.critic_gan_weight=0")
     assert recipe_of(name, "distiller.gan_weight=1.0", "distiller.critic_gan_weight=1.0").needs == {"x0"}
+
+
+def test_a_step_of_the_discriminator_parts_real_from_fake_the_right_way() -> None:
+    """Its gradient raises logits of real and lowers those of fake samples."""
+    recipe = recipe_of("sida")
+    fake = recipe.networks["fake_score"]
+    recipe.networks.train_only(("fake_score",))
+    real, x0, eps, t = torch.ones(32, 2), -torch.ones(32, 2), torch.zeros(32, 2), torch.full((32,), 0.5)
+    cond = {"label": torch.zeros(32, dtype=torch.int64)}
+    loss, before = encoder_gan.discriminator(fake, real, x0, t, eps, cond)
+    loss.mean().backward()
+    with torch.no_grad():
+        for weight in recipe.networks.weights("fake_score"):
+            if weight.grad is not None:
+                weight -= 1e-2 * weight.grad
+    after = encoder_gan.discriminator(fake, real, x0, t, eps, cond)[1]
+    assert float(after.mean()) > float(before.mean())
