@@ -87,11 +87,13 @@ class Denoiser:
     """E[x0 | x_t, cond] through a network.
 
     network: raw prediction.  role: whose weights run.  guidance: None is the plain conditional model.
+    inputs: (name, value) of extra inputs that calls need not give.
     """
 
     network: Network
     role: str = "teacher"
     guidance: Guidance | None = None
+    inputs: tuple[tuple[str, float], ...] = ()
 
     @property
     def process(self) -> NoiseProcess:
@@ -118,6 +120,10 @@ class Denoiser:
         """This denoiser under `guidance`; w == 1 is the plain model and costs no second pass."""
         return replace(self, guidance=None if guidance is None or guidance.is_identity else guidance)
 
+    def given(self, **inputs: float) -> Denoiser:
+        """This denoiser with values for extra inputs (w, s, step) that its callers leave out."""
+        return replace(self, inputs=tuple({**dict(self.inputs), **inputs}.items()))
+
     def under(self, process: NoiseProcess) -> Denoiser:
         """The same network seen in another process, clipped to the noise levels the network covers.
 
@@ -129,7 +135,7 @@ class Denoiser:
             ends = self.process.angle(torch.tensor(guidance.interval, dtype=torch.float64))
             low, high = network.process.time_at(ends).tolist()
             guidance = replace(guidance, interval=(low, high))
-        return Denoiser(network, self.role, guidance)
+        return Denoiser(network, self.role, guidance, self.inputs)
 
     @contextmanager
     def record(self, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
@@ -189,6 +195,8 @@ class Denoiser:
 
     def _raw(self, x: Tensor, t_state: Tensor, t: Tensor, cond: Cond) -> Tensor:
         x_in = (expand(self.network.scale(t_state), x) * x).to(x.dtype)
+        missing = {name: torch.full_like(t, value) for name, value in self.inputs if name not in cond}
+        cond = {**cond, **missing} if missing else cond
         s = self.network.time(cond["s"]) if "s" in cond else None
         with enter(Call(self.role, t, cond.get("step"), cond.get("w"), s)):
             out = self.network(x_in, self.network.time(t), cond)
@@ -288,8 +296,14 @@ class FlowMap:
         return torch.where(still.view(-1, *[1] * (x_t.ndim - 1)), velocity, moved)
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The end of the map, at t_min."""
-        return self(x_t, t, torch.full_like(t, self.process.t_min), cond)
+        """The clean sample: the end of the map at t_min; of the average head what its velocity points at beyond.
+
+        There the two differ by t_min / t of the way, and a stock pipeline gives the latter.
+        """
+        end = torch.full_like(t, self.process.t_min)
+        if self.head == "average":
+            return self.denoiser(x_t, t, {**cond, "s": end})
+        return self(x_t, t, end, cond)
 
     def _land(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """x_s from the predicted x0; a kind with boundary scalings already ends at t_min."""

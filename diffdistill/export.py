@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffdistill.denoiser import Denoiser, FlowMap, SignalMap
 from diffdistill.errors import UserError
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.protocol import Protocol
@@ -26,7 +27,7 @@ from diffdistill.generator import Generator, fresh_from_t_min
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.diffusers import UNet2D
 from diffdistill.networks.files import resolve
-from diffdistill.networks.inputs import EmbeddingWithInputs
+from diffdistill.networks.inputs import EmbeddingWithInputs, fold_inputs
 from diffdistill.networks.mlp import Mlp
 from diffdistill.pipelines import CALL, SCHEMA, hashes
 from diffdistill.solvers import Sampler
@@ -59,15 +60,13 @@ def refusal(recipe: Recipe, sampler: Sampler | None = None) -> UserError | None:
     """Why this run cannot become a stock folder, or None. sampler: in place of its own generator."""
     generator = recipe.distiller.generator if sampler is None else sampler
     network = recipe.networks["student"].network
+    if (reason := _varying(recipe, generator)) is not None:
+        return reason
     if isinstance(network, Mlp) and not isinstance(generator, Generator):
         return None
     if not isinstance(network, UNet2D):
         return UserError(
             "export", "needs a network with a diffusers class", type(network).__name__, "Train a diffusers teacher."
-        )
-    if isinstance(network.unet.time_embedding, EmbeddingWithInputs):
-        return UserError(
-            "export", "needs a student without extra inputs", "w, s or step", "No stock UNet2DModel takes them."
         )
     if not isinstance(generator, Generator):
         return None
@@ -85,6 +84,55 @@ def refusal(recipe: Recipe, sampler: Sampler | None = None) -> UserError | None:
     except UserError as error:
         return error
     return None
+
+
+def _constants(generator: Sampler) -> dict[str, float]:
+    """Extra inputs that do not change while `generator` samples, s as a time of the student's process."""
+    student: Any = generator.student if isinstance(generator, Generator) else getattr(generator, "denoiser", None)
+    view = student.denoiser if isinstance(student, FlowMap | SignalMap) else student
+    found = dict(view.inputs) if isinstance(view, Denoiser) else {}
+    if isinstance(student, FlowMap) and student.head == "average":
+        found["s"] = student.process.t_min
+    if isinstance(generator, Generator) and len(generator.times) == 1:
+        found["step"] = 0.0
+    return found
+
+
+def _varying(recipe: Recipe, generator: Sampler) -> UserError | None:
+    """Refuse extra inputs that change from step to step: no stock model takes them, and only constants fold."""
+    inputs = recipe.networks.roles["student"].inputs if "student" in recipe.networks.roles else ()
+    left = sorted(set(inputs) - set(_constants(generator)))
+    if not left:
+        return None
+    fix = "Export a generator that holds them constant, for example one of one step."
+    return UserError("export", "needs extra inputs that stay constant, which are folded into a bias", left, fix)
+
+
+def _standalone(recipe: Recipe, generator: Sampler) -> Any:
+    """The student's network alone, plain: adapters merged, constant inputs and times folded into biases."""
+    network = recipe.networks.standalone("student")
+    *path, leaf = network.embedding_name.split(".")
+    parent = network.get_submodule(".".join(path))
+    embedding = getattr(parent, leaf)
+    if isinstance(embedding, EmbeddingWithInputs):
+        values = {
+            name: torch.tensor([value], device=recipe.networks.device) for name, value in _constants(generator).items()
+        }
+        if "s" in values:
+            values["s"] = network.time(values["s"])
+        setattr(parent, leaf, fold_inputs(embedding, "student", values))
+    if isinstance(generator, Generator) and isinstance(generator.student, SignalMap):
+        _fold_time(network)
+    return network
+
+
+@torch.no_grad()
+def _fold_time(network: UNet2D) -> None:
+    """Fed t_max, the time embedding answers as for t_min: BOOT's one step, whose input lies at t_max."""
+    first, device = network.unet.time_embedding.linear_1, network.unet.device
+    ends = torch.tensor([network.process.t_min, network.process.t_max], device=device)
+    meant, fed = first(network.unet.time_proj(network.time(ends)).to(first.weight.dtype))
+    first.bias += meant - fed
 
 
 def grid_indices(times: tuple[float, ...], sigma_min: float) -> list[int]:
@@ -133,7 +181,7 @@ def write(
             _write_pipeline(recipe, generator, folder, settings, summary)
             verify(folder, recipe, generator)
         else:
-            _write_model(recipe, folder, settings, summary)
+            _write_model(recipe, generator, folder, settings, summary)
         folder.rename(out)
     return out
 
@@ -202,7 +250,7 @@ def _write_pipeline(
 ) -> None:
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
-    network = recipe.networks.standalone("student")
+    network = _standalone(recipe, generator)
     scheduler = CMStochasticIterativeScheduler(
         num_train_timesteps=NUM_LEVELS,
         sigma_min=network.process.t_min,
@@ -225,8 +273,10 @@ def _write_pipeline(
     (folder / CALL).write_text(json.dumps(contract, indent=1) + "\n")
 
 
-def _write_model(recipe: Recipe, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    network = recipe.networks.standalone("student")
+def _write_model(
+    recipe: Recipe, generator: Sampler, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    network = _standalone(recipe, generator)
     if isinstance(network, Mlp):
         network.save(folder)
         description = _MLP_DESCRIPTION

@@ -43,6 +43,12 @@ def unit_weight(t: Tensor, process: NoiseProcess) -> Tensor:
     return torch.ones_like(t)
 
 
+def truncated_snr(t: Tensor, process: NoiseProcess) -> Tensor:
+    """max(alpha^2/sigma^2, 1): the larger of the errors of x0 and noise. Salimans & Ho 2022, arXiv:2202.00512."""
+    alpha, sigma = process.alpha_sigma(t)
+    return (alpha / sigma).square().clamp(min=1)
+
+
 def eps_weight(t: Tensor, process: NoiseProcess) -> Tensor:
     """alpha^2/sigma^2: the squared error of the noise prediction. Ho et al. 2020, arXiv:2006.11239."""
     alpha, sigma = process.alpha_sigma(t)

@@ -12,6 +12,7 @@ from diffdistill.denoiser import Denoiser, FlowMap, SignalMap
 from diffdistill.distillers.base import Distiller
 from diffdistill.generator import Generator
 from diffdistill.networks.exact import Form
+from diffdistill.pairs import PairSource, with_pairs
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.solvers import OdeSampler
 
@@ -52,14 +53,24 @@ def gauss_recipe(name: str, *overrides: str) -> Recipe:
     for role in recipe.networks.owned:
         if role.startswith("student"):  # its averages compute what it computes
             recipe.networks[role].network.form = form
-    return recipe
+    return with_pairs(recipe, PairSource(4096, 0, 4096, None).make(recipe)) if "pair" in recipe.needs else recipe
 
 
 def plain(words: list[str]) -> list[str]:
     """Overrides that take away what moves a method's optimum or hides it: null conditions, which one Gaussian lacks,
-    GANs, regressions on pairs of a solver; that give it the exact ratio; and that train copies, which a Gaussian is."""
+    GANs, regressions on pairs of a solver, ramps, learned weights; that give it the exact ratio; and that train copies,
+    which a Gaussian is."""
     node = compose("train", words).distiller
-    off = {"null_share": 0, "gan_weight": 0, "critic_gan_weight": 0, "regression_weight": 0, "r1_weight": 0}
+    off = {
+        "scales": "null",
+        "warmup": 0,
+        "adaptive": "false",
+        "null_share": 0,
+        "gan_weight": 0,
+        "critic_gan_weight": 0,
+        "regression_weight": 0,
+        "r1_weight": 0,
+    }
     given = {word.split("=")[0] for word in words}
     found = [f"distiller.{k}={v}" for k, v in off.items() if k in node and f"distiller.{k}" not in given]
     if "known_ratio" in node:

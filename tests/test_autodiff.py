@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill.autodiff import jvp
+from diffdistill import UserError
+from diffdistill.autodiff import CentralDifference, Exact, jvp
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
@@ -25,3 +26,34 @@ def test_group_norm_in_any_memory_format(memory: torch.memory_format) -> None:
         assert jvp(norm, (x,), (along,))[1].abs().max() < 1e-12
     for got, wanted in zip(jvp(norm, (x,), (v,)), jvp(by_hand, (x,), (v,)), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def wavy(x: Tensor, t: Tensor) -> Tensor:
+    return torch.sin(3 * x) * torch.exp(t)[:, None]
+
+
+def test_central_differences_are_off_by_the_square_of_their_step() -> None:
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    primals, tangents = (x, x[:, 0]), (x.flip(1), torch.ones(5, dtype=torch.float64))
+    value, exact = Exact()(wavy, primals, tangents)
+    errors = []
+    for step in (0.04, 0.02, 0.01):
+        same, near = CentralDifference(step)(wavy, primals, tangents)
+        assert torch.equal(same, value)
+        errors.append(float((near - exact).abs().max()))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.02)
+
+
+def test_the_calls_of_a_difference_share_their_dropout_masks() -> None:
+    dropout = nn.Dropout(0.5)
+    x = torch.ones(1, 64)
+    torch.manual_seed(0)
+    value, along = CentralDifference(0.1)(lambda x: dropout(x), (x,), (x,))
+    torch.testing.assert_close(along, value)  # linear in x under one mask
+
+
+@pytest.mark.parametrize("step", [0.0, -0.1, 1.0, float("nan")])
+def test_steps_outside_zero_to_one_are_refused(step: float) -> None:
+    with pytest.raises(UserError, match=r"step must lie in \(0, 1\)"):
+        CentralDifference(step)

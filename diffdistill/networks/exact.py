@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError, require_positive
+from diffdistill.networks.call import current_call
 from diffdistill.process import VELOCITY, X0, X0_AT_T_MIN, BoundaryF, F, Kind, NoiseProcess, expand
 
 MAX_MODES = 1000
@@ -39,6 +40,7 @@ class _Analytic(nn.Module):
     null: Cond | None
     dim: int
     num_classes: int  # without the null condition; 0 is unconditional
+    embedding_name = None  # extra inputs are read off the call, nothing is added
 
     def check(self, shape: tuple[int, ...], num_classes: int) -> None:
         """Raise UserError unless it denoises samples of `shape` with labels 0 to num_classes - 1."""
@@ -114,7 +116,9 @@ class Gaussian(_Analytic):
             gap = self._moved(x, t_net, t_min, mean, std) - c_x * x
             return torch.where(c_pred == 0, torch.zeros_like(x), gap / c_pred)  # the boundary does not read F
         if self.form == "average":
-            return self._average(x, t_net, cond["s"].to(t_net.dtype), mean, std)
+            call = current_call()  # has s in times of this process, whatever the view's
+            s = cond["s"] if call is None or call.s is None else call.s
+            return self._average(x, t_net, s.to(t_net.dtype), mean, std)
         return self._denoised(x, t_net, mean, std)
 
     def _law(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,20 @@ class EmbeddingWithInputs(nn.Module):
                 raise ValueError(f"role {call.role} reads the extra input {name}, but cond has no {name} [B].")
             embedding = embedding + embedder(value).to(embedding.dtype)
         return embedding
+
+
+@torch.no_grad()
+def fold_inputs(embedding: EmbeddingWithInputs, role: str, values: Mapping[str, Tensor]) -> nn.Module:
+    """The plain time embedding of `role`, its inputs held at `values` [1] and folded into its last bias, in place.
+
+    s is given as the network's time map has it. Values that the role does not read are ignored.
+    """
+    base = embedding.base
+    last = [module for module in base.modules() if isinstance(module, nn.Linear)][-1]
+    if role in embedding.roles:
+        for name, embedder in embedding.roles[role].items():  # type: ignore[operator]
+            last.bias.add_(embedder(values[name])[0].to(last.bias.dtype))
+    return base
 
 
 def _thousandfold(w: Tensor) -> Tensor:

@@ -289,7 +289,7 @@ class Networks:
             network = copy.deepcopy(source)
             own: nn.Module = network
             _rename_inputs(network, str(role.init), name)
-            if role.inputs and role.init in (None, "teacher"):
+            if role.inputs and role.init in (None, "teacher") and network.embedding_name is not None:
                 _with_inputs(network).add(name, role.inputs, network.embedding_width)
         else:
             network = self.teacher

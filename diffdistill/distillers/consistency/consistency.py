@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from diffdistill.denoiser import FlowMap
+from diffdistill.denoiser import Cond, Denoiser, FlowMap
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
 from diffdistill.distillers.consistency.pairs import PairLaw, PairWeight
 from diffdistill.errors import UserError
@@ -78,28 +78,39 @@ class Consistency(Distiller):
 
     @property
     def generator(self) -> Generator:
-        return Generator(self._map("student"), self.times, self.renoise, few_steps=self.few_steps)
+        student = FlowMap(self.sampled(self.networks["student"]), "consistency")
+        return Generator(student, self.times, self.renoise, few_steps=self.few_steps)
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         assert batch.x0 is not None
-        rng = rng.fork("Consistency")
+        rng = rng.fork(type(self).__name__)
         process, x0 = self.networks["student"].process, batch.x0
         t64, r64 = self.pairs(rng, process)
         t, r = (time.to(torch.promote_types(x0.dtype, torch.float32)) for time in (t64, r64))
         eps = rng.normal(batch.shape, x0.dtype)
         x_t = process.add_noise(x0, eps, t)
         with torch.no_grad():
+            cond = batch.cond
             if self.solver is None:
                 x_r = process.add_noise(x0, eps, r)
             else:
-                x_r = self.solver(self.networks["target"], x_t, t, r, batch.cond)
+                target, cond = self.teacher(batch, rng)
+                x_r = self.solver(target, x_t, t, r, batch.cond)
             with rng.dropout():
-                goal = self._map(self.closer).x0(x_r, r, batch.cond)
+                goal = self._map(self.closer).x0(x_r, r, cond)
         with rng.dropout():  # the same mask, else its noise is part of the distance
-            ours = self._map("student").x0(x_t, t, batch.cond)
+            ours = self._map("student").x0(x_t, t, cond)
         distance = self.distance(ours, goal)
         weight = self.weight(t64, r64, process).to(distance.dtype)  # a gap of float32 times has few digits
         return Loss({"consistency": (weight * distance).mean()}, {"distance": distance.detach().mean()})
+
+    def teacher(self, batch: Batch, rng: Rng) -> tuple[Denoiser, Cond]:
+        """Whose step closes a pair, and the student's conditions."""
+        return self.networks["target"], batch.cond
+
+    def sampled(self, student: Denoiser) -> Denoiser:
+        """The student as its sampler calls it."""
+        return student
 
     def _map(self, role: str) -> FlowMap:
         return FlowMap(self.networks[role], "consistency")

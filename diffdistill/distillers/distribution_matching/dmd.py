@@ -21,6 +21,7 @@ from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.diff_instruct import generator_loss
 from diffdistill.distillers.distribution_matching.matching import DistributionMatching
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
+from diffdistill.distillers.trajectory.kd import regression
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.generator import Renoise, Until
 from diffdistill.networks.roles import Networks
@@ -72,8 +73,7 @@ class DMD(DistributionMatching):
         loss = generator_loss(self.target, self.fake_score, x0, eps, t, batch.cond, weight=self.weight)
         terms = {"dmd": loss.mean()}
         if self.regression_weight:
-            pair = batch.pair
-            assert pair is not None
-            ours = self.generator.rollout(pair.z, pair.cond, rng.fork("pair"), self.until).x0
-            terms["regression"] = self.regression_weight * self.distance(ours, pair.x0).mean()
+            assert batch.pair is not None
+            distance = regression(self.generator, batch.pair, self.distance, rng.fork("pair"))
+            terms["regression"] = self.regression_weight * distance.mean()
         return Loss(terms)

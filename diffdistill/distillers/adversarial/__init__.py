@@ -1,0 +1,1 @@
+"""Adversarial terms that are methods of their own, for composites."""

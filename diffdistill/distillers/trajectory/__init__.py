@@ -1,0 +1,1 @@
+"""Trajectory methods: the student lands where the teacher's own solver lands."""
