@@ -40,6 +40,15 @@ def export(*overrides: str, **keys: Any) -> Any:
     return _verb("export", overrides, keys)
 
 
+def _attach(pipeline: Any, path: Any, scale: float | None = None) -> Any:
+    from .adapter_file import attach
+
+    return attach(pipeline, path, scale)
+
+
+export.attach = _attach  # type: ignore[attr-defined]  # as diffdistill.export.attach of the module of that name
+
+
 def compare(*overrides: str, **keys: Any) -> Any:
     """Train several methods under one budget: `diffdistill compare`."""
     return _verb("compare", overrides, keys)

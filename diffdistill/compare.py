@@ -32,11 +32,12 @@ from diffdistill.generator import Generator
 from diffdistill.launch import card_of, train
 from diffdistill.machine import machine
 from diffdistill.pictures import where
-from diffdistill.recipe import Recipe, assemble
+from diffdistill.recipe import MADE, Recipe, assemble
 from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.trainer import NonFiniteError
 
 SCHEMA = 1  # of teacher.json
+_FREE = {"cpu_seconds": 0.0}
 # What the comparison itself decides: an override of these would be replaced in silence.
 OWN = (
     "run_dir", "resume", "dry_run", "command", "experiment", "distiller", "data", "stages",
@@ -206,7 +207,7 @@ def _read(entry: Entry, run: RunFolder) -> Row:
         entry.name,
         figures=summary["student"],
         protocol=summary.get("protocol", {}),
-        cpu_seconds=summary["cpu_seconds"] + summary.get("pairs", {}).get("cpu_seconds", 0.0),
+        cpu_seconds=summary["cpu_seconds"] + sum(summary.get(key, _FREE)["cpu_seconds"] for key in MADE.values()),
         peak_bytes=summary["peak_memory_bytes"],
         updates=entry.updates,
         steps=entry.steps,

@@ -10,21 +10,22 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from diffdistill.cached_tensors import sources
 from diffdistill.config import build
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
-from diffdistill.pairs import PairSource, with_pairs
 from diffdistill.recipe import assemble
 from diffdistill.trainer import Trainer
 
 MARGIN = 0.97  # of the seconds: the price of a step is an estimate
 LONGEST = 1_000_000  # steps searched for the student's updates
-PAIRS_TIMED = 64
+TIMED = 64  # pairs or trajectories that are made to price them
 
 
 @dataclass(frozen=True)
 class Budget:
-    """iterations: updates of the student.  seconds: CPU seconds of the training process, with what making pairs costs.
+    """iterations: updates of the student.  seconds: CPU seconds of the training process, with what making
+    pairs or trajectories costs.
     At least one of the two.  batch_size: of every method, None is each one's own.
     """
 
@@ -52,7 +53,7 @@ class Budget:
             price, once = _prices(settings)
             affordable = int(MARGIN * (self.seconds - once) / price)
             if affordable < 1:
-                fix = f"Making pairs takes {once:.1f} s, a step {price:.2f} s: raise it."
+                fix = f"What the teacher makes takes {once:.1f} s, a step {price:.2f} s: raise it."
                 raise UserError("budget.seconds", "must pay for one step", self.seconds, fix)
             steps = min(steps, affordable)
         updates = sum(_updates_student(recipe.distiller, step) for step in range(steps))
@@ -80,13 +81,12 @@ def _prices(settings: Mapping[str, Any]) -> tuple[float, float]:
     recipe = assemble(settings)
     trainer: Trainer = build(settings["trainer"])
     once = 0.0
-    if "pair" in recipe.needs:
-        source: PairSource = build(settings["pairs"])
-        few = replace(source, num=min(source.num, PAIRS_TIMED))
+    for source in sources(recipe, settings).values():
+        few: Any = replace(source, num=min(source.num, TIMED))  # type: ignore[type-var]
         few.make(recipe)  # the first call allocates
         made = few.make(recipe)
-        once = made.cpu_seconds * source.num / few.num
-        recipe = with_pairs(recipe, made)
+        once += made.cpu_seconds * source.num / few.num
+        recipe = made.join(recipe)
     first = next(step for step in range(LONGEST) if _updates_student(recipe.distiller, step))
     second = next(step for step in range(first + 1, LONGEST) if _updates_student(recipe.distiller, step))
     cycle = range(first, second)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffdistill.adapter_file import attach
 from diffdistill.denoiser import Denoiser, FlowMap, SignalMap
 from diffdistill.errors import UserError
 from diffdistill.evaluation import harness
@@ -31,6 +32,8 @@ from diffdistill.networks.inputs import EmbeddingWithInputs, fold_inputs
 from diffdistill.networks.mlp import Mlp
 from diffdistill.pipelines import CALL, SCHEMA, hashes
 from diffdistill.solvers import Sampler
+
+__all__ = ["attach", "grid_indices", "refusal", "stock_unet", "verify", "write"]
 
 if TYPE_CHECKING:
     from diffdistill.recipe import Recipe
@@ -64,6 +67,9 @@ def refusal(recipe: Recipe, sampler: Sampler | None = None) -> UserError | None:
         return reason
     if isinstance(network, Mlp) and not isinstance(generator, Generator):
         return None
+    if recipe.networks.modes.get("student") == "adapter":
+        fix = "format=adapter writes them as a file for any checkpoint of the base."
+        return UserError("format", "pipeline needs a student without adapters of its own", "adapter", fix)
     if not isinstance(network, UNet2D):
         return UserError(
             "export", "needs a network with a diffusers class", type(network).__name__, "Train a diffusers teacher."

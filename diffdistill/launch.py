@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from diffdistill import checkpoint
+from diffdistill.cached_tensors import Source, sources
 from diffdistill.config import build
 from diffdistill.config_types import dot, show
 from diffdistill.errors import UserError
@@ -23,8 +24,7 @@ from diffdistill.evaluation.harness import Evaluation
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
-from diffdistill.pairs import PairSource, with_pairs
-from diffdistill.recipe import Recipe, assemble
+from diffdistill.recipe import MADE, Recipe, assemble
 from diffdistill.run import Run
 from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.saved_run import load_run
@@ -52,7 +52,9 @@ def train(
     lora: DictConfig,
     init: dict[str, str],
     stages: dict[str, dict[str, Any]],
+    adapter: DictConfig,
     pairs: DictConfig | None,
+    trajectories: DictConfig | None,
     resume: bool | Literal["auto"],
     compile: bool,
     command: str,
@@ -61,7 +63,8 @@ def train(
     """Train, evaluate and export one run; returns its summary (also in run_dir/summary.json).
 
     Everything a user can get wrong is checked before the first step, for every stage; with dry_run that is all that
-    happens. pairs: a PairSource, for methods that need them. resume: true goes on with the run in run_dir; auto does,
+    happens. pairs, trajectories: a PairSource and a TrajectorySource, for methods that need what the teacher makes.
+    resume: true goes on with the run in run_dir; auto does,
     or begins where there is none.
     """
     settings: Mapping[str, Any] = dict(locals())
@@ -101,7 +104,7 @@ class _Prepared:
     trainer: Trainer
     evaluation: Evaluation | None
     teacher_figures: dict[str, Any]
-    pairs: PairSource | None
+    sources: Mapping[str, Source]
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -120,8 +123,9 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
         judge.check(recipe.data)
         if judge.teacher == "card":
             figures = harness.read_card(*card_of(settings["networks"]), judge, recipe.data, recipe.sampler.nfe)
-    pairs = build(settings["pairs"]) if "pairs" in settings else None
-    return _Prepared(part, recipe, trainer, judge, figures, pairs)
+    for key in MADE.values():  # also where this method needs none: a mistake is told
+        build(settings.get(key))
+    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings))
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -145,14 +149,12 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
     if start is None and resume is True and not part.name and not part.settings["stages"]:
         fix = "resume=auto starts it over."
         raise UserError("resume", "needs a checkpoint", str(part.folder.checkpoints), fix)
-    source, pairs = prepared.pairs, None
-    if "pair" in recipe.needs and source is not None:
-        with writing(source.cache or part.folder.path, "pairs.cache" if source.cache else "run_dir"):
-            pairs = source.pairs(recipe, part.settings, part.folder.path)
-        recipe = with_pairs(recipe, pairs)
-    run = Run(
-        part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, pairs
-    )
+    made = {}
+    for key, source in prepared.sources.items():
+        with writing(source.cache or part.folder.path, f"{key}.cache" if source.cache else "run_dir"):
+            found = source.prepare(recipe, part.settings, part.folder.path)
+        recipe, made[key] = found.join(recipe), found.summary()
+    run = Run(part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made)
     if part.settings["compile"]:
         recipe.networks.compile()
     return run.execute(accelerator, start)
@@ -169,8 +171,9 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-    if "pairs" not in stored:  # written before there were any: its method needs none
-        stored["pairs"] = settings["pairs"]
+    for key in ("adapter", *MADE.values()):
+        if key not in stored:  # written before there were any: its method needs none
+            stored[key] = settings[key]
     ours, theirs = (dict(_leaves(OmegaConf.create(_plain(node)))) for node in (settings, stored))
     words = settings["command"].split()
     free = [key for key in _FREE if any(word.startswith(f"{key}=") for word in words)]

@@ -6,10 +6,6 @@ its content: teacher weights, network, sampler, guidance, data, seed and number.
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -18,22 +14,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import OmegaConf
-from rich.console import Console
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from diffdistill.config_types import show
+from diffdistill.cached_tensors import Made, check_cache, key_of, read_or_make
 from diffdistill.data import Data, epoch_indices
 from diffdistill.distillers.base import Batch, Pair
-from diffdistill.errors import UserError, require_at_least
-from diffdistill.networks.lora import base_state
+from diffdistill.errors import require_at_least
 from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
-
-DECIDING = ("networks", "sampler", "guidance", "data")
 
 
 @dataclass(frozen=True)
@@ -46,6 +35,15 @@ class Pairs:
     cond: Mapping[str, Tensor]
     cpu_seconds: float
     reused: bool
+
+    def stored(self) -> Made:
+        """As `cached_tensors` keeps it."""
+        tensors = {"z": self.z, "x0": self.x0, **{f"cond.{name}": value for name, value in self.cond.items()}}
+        return tensors, self.cpu_seconds
+
+    def join(self, recipe: Recipe) -> Recipe:
+        """The recipe on data that also holds the pairs."""
+        return with_pairs(recipe, self)
 
     def summary(self) -> dict[str, Any]:
         """For summary.json."""
@@ -68,27 +66,19 @@ class PairSource:
     def __post_init__(self) -> None:
         require_at_least(1, num=self.num, batch_size=self.batch_size)
         require_at_least(0, seed=self.seed)
-        if self.cache is not None and (reason := _no_folder(self.cache)):
-            raise UserError(
-                "cache", f"must name a folder, or be null: {reason}", show(self.cache), "Write another one."
-            )
+        check_cache(self.cache)
 
-    def pairs(self, recipe: Recipe, settings: Mapping[str, Any], run_folder: Path) -> Pairs:
+    def check(self, recipe: Recipe) -> None:
+        """Every teacher makes pairs."""
+
+    def prepare(self, recipe: Recipe, settings: Mapping[str, Any], run_folder: Path) -> Pairs:
         """The pairs of a recipe: read where they were made before, else made and written."""
         folder = Path(self.cache) if self.cache is not None else run_folder / "pairs"
-        key = self._key(recipe, settings)
-        file = folder / f"pairs-{key[:24]}.safetensors"
-        if file.is_file():
-            found = _read(file, key)
-            if found is not None:
-                return found
-            Console(stderr=True).print(f"{file} is damaged: the pairs are made anew", soft_wrap=True, highlight=False)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):  # told before the work, not after it
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-        made = self.make(recipe)
-        _write(file, made, key)
-        return made
+        rest = {"num": self.num, "seed": self.seed, "dtype": str(recipe.networks.dtype)}
+        key = key_of(recipe, settings, rest)
+        (tensors, seconds), reused = read_or_make(folder, "pairs", key, lambda: self.make(recipe).stored())
+        cond = {name.removeprefix("cond."): value for name, value in tensors.items() if name.startswith("cond.")}
+        return Pairs(tensors["z"], tensors["x0"], cond, seconds, reused)
 
     def make(self, recipe: Recipe) -> Pairs:
         """The pairs themselves, nothing read or written."""
@@ -105,16 +95,6 @@ class PairSource:
         conds = {name: torch.cat([part[2][name] for part in parts]) for name in parts[0][2]}
         seconds = time.process_time() - started
         return Pairs(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), conds, seconds, reused=False)
-
-    def _key(self, recipe: Recipe, settings: Mapping[str, Any]) -> str:
-        digest = hashlib.sha256()
-        for name, value in sorted(base_state(recipe.networks.teacher)):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(_bytes(value))
-        nodes = {name: _plain(settings[name]) for name in DECIDING}
-        rest = {"nodes": nodes, "num": self.num, "seed": self.seed, "dtype": str(recipe.networks.dtype)}
-        digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
-        return digest.hexdigest()
 
 
 class WithPairs:
@@ -138,59 +118,3 @@ class WithPairs:
 def with_pairs(recipe: Recipe, pairs: Pairs) -> Recipe:
     """The recipe on data that also holds the pairs."""
     return replace(recipe, data=cast("Data", WithPairs(recipe.data, pairs)))
-
-
-def _no_folder(path: str) -> str:
-    """Why no folder can be at `path`; empty if one can."""
-    if not path.strip():
-        return "it is empty"
-    place = Path(path).absolute()
-    try:
-        above = next(part for part in (place, *place.parents) if part.exists())
-    except OSError as error:  # too long, a loop of links
-        return str(error.strerror)
-    return "" if above.is_dir() else f"{above} is a file"
-
-
-def _plain(node: Any) -> Any:
-    return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-
-
-def _write(file: Path, pairs: Pairs, key: str) -> None:
-    tensors = {"z": pairs.z.contiguous(), "x0": pairs.x0.contiguous()}
-    tensors |= {f"cond.{name}": value.contiguous() for name, value in pairs.cond.items()}
-    meta = {"key": key, "cpu_seconds": repr(pairs.cpu_seconds), "sha256": _content(tensors)}
-    aside = file.with_name(f".{file.name}.{os.getpid()}")  # two makers write the same: the last rename stands
-    try:
-        save_file(tensors, aside, meta)
-        os.replace(aside, file)
-    except SafetensorError as error:
-        raise OSError(None, str(error), str(file)) from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _read(file: Path, key: str) -> Pairs | None:
-    """The pairs of a file, or None if it is damaged."""
-    try:
-        with safe_open(file, "pt") as opened:
-            meta = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError):
-        return None
-    if meta.get("key") != key or meta.get("sha256") != _content(tensors):
-        return None
-    cond = {name.removeprefix("cond."): value for name, value in tensors.items() if name.startswith("cond.")}
-    return Pairs(tensors["z"], tensors["x0"], cond, float(meta["cpu_seconds"]), reused=True)
-
-
-def _content(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(name.encode())
-        digest.update(_bytes(value))
-    return digest.hexdigest()
-
-
-def _bytes(value: Tensor) -> bytes:
-    return value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()

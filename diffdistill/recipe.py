@@ -19,6 +19,8 @@ from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler
 
+MADE = {"pair": "pairs", "trajectory": "trajectories"}  # what the teacher makes for a need, by its configuration key
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -47,15 +49,16 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
     needs, roles = _asked(part)
     scale, interval = _guidance(settings["guidance"])
     has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
-    if settings.get("pairs") is not None:  # made by the teacher's sampler before the first step
-        has |= {"pair"}
+    # made by the teacher's sampler before the first step
+    has |= {need for need, key in MADE.items() if settings.get(key) is not None}
     if missing := sorted(needs - has):
         given = f"data={data.name}, which provides {sorted(has)}"
         fix = "Change one."
         if missing == ["null"]:
             fix = "The network has no null condition: distiller.null_share=0 trains without one."
-        elif missing == ["pair"]:
-            fix = "They are made where pairs is not null: pairs.num says how many."
+        elif len(missing) == 1 and missing[0] in MADE:
+            key = MADE[missing[0]]
+            fix = f"They are made where {key} is not null: {key}.num says how many."
         raise UserError("distiller", f"needs {', '.join(missing)}", given, fix)
     example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}
     # heads and adapters are drawn from torch's own generator: the run's seed decides them too
@@ -67,6 +70,7 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             example,
             modes=dict(settings["roles"]),
             lora=build(settings["lora"]),
+            adapter=build(settings["adapter"]) if "adapter" in settings else None,
             guidance_scale=scale,
             guidance_interval=interval,
         )

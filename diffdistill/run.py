@@ -19,7 +19,6 @@ from diffdistill.evaluation import harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
-from diffdistill.pairs import Pairs
 from diffdistill.pictures import MOST_CLASSES, draw_picture
 from diffdistill.recipe import Recipe
 from diffdistill.run_folder import RunFolder, writing
@@ -42,10 +41,10 @@ class Run:
         trainer: Trainer,
         evaluation: Evaluation | None,
         teacher_figures: dict[str, Any],
-        pairs: Pairs | None = None,
+        made: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
-        self.evaluation, self.teacher_figures, self.pairs = evaluation, teacher_figures, pairs
+        self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
         self.console = Console()
 
     def execute(self, accelerator: Accelerator, start: Checkpoint | None) -> dict[str, Any]:
@@ -163,8 +162,7 @@ class Run:
             "iterations": state.step,
             "peak_memory_bytes": state.peak_bytes,
         }
-        if self.pairs is not None:
-            summary["pairs"] = self.pairs.summary()
+        summary |= self.made
         self.folder.write_summary(summary)
         self._print(summary)
         return summary

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
+from diffdistill.adapter_file import write_adapters
 from diffdistill.config import build
 from diffdistill.data import Data
 from diffdistill.errors import UserError
@@ -91,7 +92,7 @@ def export(
     steps: int | None,
     merge: str | None,
     merge_weight: float,
-    format: Literal["pipeline"],
+    format: Literal["pipeline", "adapter"],
 ) -> str:
     """Write a run's generator as a stock diffusers folder, verified; returns its path.
 
@@ -114,8 +115,13 @@ def export(
     figures = read_json(summary, "run") if summary.is_file() and same and merge is None else {}
     if merge is not None:
         figures = {"merged": {"run": merge, "weight": merge_weight}}
+    if format == "adapter" and merge is not None:
+        raise UserError("merge", "must be null for an adapter", merge, "Merge pipelines, or export one run's adapters.")
     with writing(out, "out", _ELSEWHERE):
-        path = write_pipeline(recipe, Path(out), settings, figures, generator)
+        if format == "adapter":
+            path = write_adapters(recipe, Path(out), settings)
+        else:
+            path = write_pipeline(recipe, Path(out), settings, figures, generator)
     Console().print(f"wrote {path}", soft_wrap=True)
     return str(path)
 

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from diffdistill.config import build, compose
 from diffdistill.denoiser import Denoiser, FlowMap, SignalMap
 from diffdistill.distillers.base import Distiller
+from diffdistill.distillers.guidance.scales import UniformScale
 from diffdistill.generator import Generator
 from diffdistill.networks.exact import Form
 from diffdistill.pairs import PairSource, with_pairs
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.solvers import OdeSampler
+from diffdistill.trajectories import TrajectorySource, with_trajectories
 
 MEAN, STD = "[[0.7,-0.4,0.1,0.0,-1.0,0.3]]", "[[1.3,0.8,1.0,0.6,0.9,1.1]]"
 
@@ -53,7 +55,16 @@ def gauss_recipe(name: str, *overrides: str) -> Recipe:
     for role in recipe.networks.owned:
         if role.startswith("student"):  # its averages compute what it computes
             recipe.networks[role].network.form = form
-    return with_pairs(recipe, PairSource(4096, 0, 4096, None).make(recipe)) if "pair" in recipe.needs else recipe
+    return joined(recipe, 4096)
+
+
+def joined(recipe: Recipe, num: int) -> Recipe:
+    """The recipe with the pairs or trajectories that its method needs."""
+    if "pair" in recipe.needs:
+        return with_pairs(recipe, PairSource(num, 0, num, None).make(recipe))
+    if "trajectory" in recipe.needs:
+        return with_trajectories(recipe, TrajectorySource(num, 8, UniformScale(1.0, 1.0), 0, num, None).make(recipe))
+    return recipe
 
 
 def plain(words: list[str]) -> list[str]:
@@ -61,6 +72,7 @@ def plain(words: list[str]) -> list[str]:
     GANs, regressions on pairs of a solver, ramps, learned weights; that give it the exact ratio; and that train copies,
     which a Gaussian is."""
     node = compose("train", words).distiller
+    parts = {f"distiller.parts.{name}": part for name, part in node.get("parts", {}).items()} or {"distiller": node}
     off = {
         "scales": "null",
         "warmup": 0,
@@ -72,13 +84,13 @@ def plain(words: list[str]) -> list[str]:
         "r1_weight": 0,
     }
     given = {word.split("=")[0] for word in words}
-    found = [f"distiller.{k}={v}" for k, v in off.items() if k in node and f"distiller.{k}" not in given]
+    found = [f"{p}.{k}={v}" for p, n in parts.items() for k, v in off.items() if k in n and f"{p}.{k}" not in given]
     if "known_ratio" in node:
         target = "{_target_: diffdistill.networks.exact.gaussian_log_ratio, _partial_: true}"
         found.append(f"distiller.known_ratio={target}")
     part = build(compose("train", [*words, *found]).distiller)
     roles = part.func.roles(**part.keywords)
-    return [*found, *(f"roles.{name}=copy" for name, role in roles.items() if role.modes[0] == "lora")]
+    return [*found, *(f"roles.{name}=copy" for name, role in roles.items() if role.modes[0] != "copy")]
 
 
 def place(recipe: Recipe, mean_off: float = 0.0, std_factor: float = 1.0) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ WORDS = ["data=gmm2d", "distiller=dmd", "experiment=none", "evaluation=none", "r
 def made(folder: Path, *overrides: str, num: int = 50, seed: int = 0, batch: int = 20) -> tuple[Recipe, Pairs]:
     settings = compose("train", [*WORDS, *overrides])
     recipe = assemble(settings)  # type: ignore[arg-type]
-    return recipe, PairSource(num, seed, batch, str(folder)).pairs(recipe, settings, folder)  # type: ignore[arg-type]
+    return recipe, PairSource(num, seed, batch, str(folder)).prepare(recipe, settings, folder)  # type: ignore[arg-type]
 
 
 def test_a_pair_is_the_teachers_own_sample_from_its_noise(tmp_path: Path) -> None:
@@ -94,11 +94,11 @@ def test_adapters_and_extra_inputs_on_the_shared_backbone_do_not_change_the_key(
 def test_every_weight_of_the_teacher_decides_the_pairs(tmp_path: Path) -> None:
     settings = compose("train", WORDS)
     recipe, source = assemble(settings), PairSource(3, 0, 3, str(tmp_path))  # type: ignore[arg-type]
-    source.pairs(recipe, settings, tmp_path)  # type: ignore[arg-type]
-    assert source.pairs(recipe, settings, tmp_path).reused  # type: ignore[arg-type]
+    source.prepare(recipe, settings, tmp_path)  # type: ignore[arg-type]
+    assert source.prepare(recipe, settings, tmp_path).reused  # type: ignore[arg-type]
     for weight in recipe.networks.teacher.parameters():
         weight.data.view(-1)[0] += 1
-        assert not source.pairs(recipe, settings, tmp_path).reused  # type: ignore[arg-type]
+        assert not source.prepare(recipe, settings, tmp_path).reused  # type: ignore[arg-type]
 
 
 def test_a_weight_that_is_named_like_an_adapter_counts() -> None:
@@ -123,7 +123,7 @@ def test_a_cache_that_can_be_no_folder_is_refused_before_anything(
 def test_a_cache_without_permission_is_told_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("diffdistill.pairs.os.access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr("diffdistill.cached_tensors.os.access", lambda path, mode: False)  # root may write anywhere
     words = [f"pairs.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", "evaluation=none"]
     with recorded_passes() as passes:
         assert main(["train", "data=gmm2d", "distiller=dmd", *words]) == 2

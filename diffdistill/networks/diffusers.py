@@ -40,6 +40,11 @@ class UNet2D(nn.Module):
         self.null: Cond | None = {"label": torch.tensor([self.num_classes - 1])} if has_null else None
 
     @property
+    def backbone(self) -> Any:
+        """The stock module, by whose names adapters find their places."""
+        return self.unet
+
+    @property
     def blocks(self) -> Sequence[nn.Module]:
         """Down blocks, the middle block, up blocks: the bottleneck is the one in the middle."""
         return [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]

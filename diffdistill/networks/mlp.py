@@ -92,6 +92,11 @@ class Mlp(nn.Module):
         self.null: Cond | None = {"label": torch.tensor([num_classes])} if num_classes else None
 
     @property
+    def backbone(self) -> Mlp:
+        """The module by whose names adapters find their places."""
+        return self
+
+    @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.layers)
 

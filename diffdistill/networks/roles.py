@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond, Denoiser, Guidance
 from diffdistill.errors import UserError
+from diffdistill.networks.adapter import AdapterSpec, adapters_for
 from diffdistill.networks.codec import PIXELS, Codec
 from diffdistill.networks.discriminator import Heads, Scalar
 from diffdistill.networks.ema import Constant, Ema, Rate
@@ -32,7 +33,8 @@ class Role:
     ema_of, ema: the weights are a moving average of that role's, at this rate per update.
     build: denoiser | heads (on features of role `reads`) | scalar (a function of time).
     layers: indices into blocks that heads read; empty means the middle one.
-    inputs: extra scalar inputs (w, s, step).  modes: legal values of `roles.<role>=`, the default first.
+    inputs: extra scalar inputs (w, s, step); adapters read w without.  modes: legal values of `roles.<role>=`, among
+    copy, lora and adapter, the default first.
     """
 
     init: str | None = "teacher"
@@ -54,10 +56,10 @@ class Role:
 class Networks:
     """The networks of one run. `networks[name]` is the view of a role: a Denoiser, Heads or a Scalar.
 
-    teacher: the pretrained network (a module; frozen here).  roles: from the distiller's class.  modes: role -> copy
-    or lora.  shape: [*sample] of what is denoised.  cond: an example condition with batch 1.  guidance: a scale and an
-    optional interval for the views of teacher and target.  Look views up when they are used, not once: a Transition
-    may change them.
+    teacher: the pretrained network (a module; frozen here).  roles: from the distiller's class.  modes: role -> copy,
+    lora or adapter.  shape: [*sample] of what is denoised.  cond: an example condition with batch 1.  guidance: a scale
+    and an optional interval for the views of teacher and target.  Look views up when they are used, not once: a
+    Transition may change them.
     """
 
     def __init__(
@@ -68,13 +70,14 @@ class Networks:
         cond: Cond,
         modes: Mapping[str, str] | None = None,
         lora: LoraSpec | None = None,
+        adapter: AdapterSpec | None = None,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         codec: Codec = PIXELS,
     ) -> None:
         self.teacher, self.roles, self.shape, self.cond, self.codec = teacher, dict(roles), shape, cond, codec
         self.modes = self._check_modes(modes or {})
-        self.lora = lora or LoraSpec()
+        self.lora, self.adapter = lora or LoraSpec(), adapter or AdapterSpec()
         self._views: dict[str, Any] = {}
         self._modules: dict[str, nn.Module] = {}
         self._averages: dict[str, Ema] = {}
@@ -82,7 +85,7 @@ class Networks:
         guidance = self._guidance(guidance_scale, guidance_interval)
         self._views["teacher"] = Denoiser(teacher, "teacher").guided(guidance)
         # copies first: they must not carry the adapters of the roles that share the backbone
-        for mode in ("copy", "lora"):
+        for mode in ("copy", "lora", "adapter"):
             for name, role in self.roles.items():
                 if role.build == "denoiser" and name != "teacher" and self.modes[name] == mode:
                     self._build_denoiser(name, role, guidance)
@@ -142,6 +145,19 @@ class Networks:
     def owned(self) -> tuple[str, ...]:
         """Names of the roles with weights of their own."""
         return tuple(self._modules)
+
+    def module(self, name: str) -> nn.Module:
+        """What holds role `name`'s own weights: a network, or its adapters."""
+        return self._modules[name]
+
+    def bare(self) -> Any:
+        """A copy of the teacher's network without any role's adapters."""
+        network = copy.deepcopy(self.teacher)
+        for module in network.modules():
+            module._forward_hooks.clear()
+            module._forward_hooks_with_kwargs.clear()
+        merge(network, "")
+        return network
 
     def standalone(self, name: str) -> Any:
         """A copy of role `name`'s network with its adapter folded in and no other role's (for export)."""
@@ -291,6 +307,9 @@ class Networks:
             _rename_inputs(network, str(role.init), name)
             if role.inputs and role.init in (None, "teacher") and network.embedding_name is not None:
                 _with_inputs(network).add(name, role.inputs, network.embedding_width)
+        elif self.modes[name] == "adapter":
+            network = self.teacher
+            own = self._adapters(name)
         else:
             network = self.teacher
             own = nn.Module()
@@ -303,19 +322,35 @@ class Networks:
         written_target = guidance if role.writable and name.startswith("target") else None
         self._views[name] = Denoiser(network, name).guided(written_target)
 
-    @torch.no_grad()
-    def _build_heads(self, name: str, role: Role) -> None:
-        view: Denoiser = self._views[role.reads or "teacher"]
-        layers = role.layers or (len(view.network.blocks) // 2,)
+    def _adapters(self, name: str) -> nn.Module:
+        """New adapters of role `name`, at work on the teacher's backbone for its calls alone."""
+        backbone = getattr(self.teacher, "backbone", None)
+        if backbone is None:
+            fix = f"Set roles.{name}=copy."
+            raise UserError(f"roles.{name}", "needs a network of modules", type(self.teacher).__name__, fix)
+        probe = Denoiser(self.teacher, "probe")
+        x, t, cond = self._example(probe)
+        adapters = adapters_for(backbone, self.adapter, lambda: probe(x, t, cond)).to(self._device)
+        adapters.hang(backbone, adapters.for_role(name))
+        return adapters
+
+    def _example(self, view: Denoiser) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A state at t_max, its time and condition, batch 1: what shapes are read off."""
         network: Any = view.network
         weight = next(network.parameters())
         x = torch.zeros(1, *self.shape, device=weight.device, dtype=weight.dtype)
         t = torch.full((1,), view.process.t_max, device=weight.device)
-        cond = {key: value.to(weight.device) for key, value in self.cond.items()}
+        return x, t, {key: value.to(weight.device) for key, value in self.cond.items()}
+
+    @torch.no_grad()
+    def _build_heads(self, name: str, role: Role) -> None:
+        view: Denoiser = self._views[role.reads or "teacher"]
+        layers = role.layers or (len(view.network.blocks) // 2,)
+        x, t, cond = self._example(view)
         cond |= {name: torch.zeros_like(t) for name in self.roles[role.reads or "teacher"].inputs if role.reads}
         found = view.features(x, t, cond, layers)
         heads = Heads({layer: feature.shape[1:] for layer, feature in zip(layers, found, strict=True)})
-        self._modules[name] = self._views[name] = heads.to(weight.device)
+        self._modules[name] = self._views[name] = heads.to(x.device)
 
 
 class _RoleAdapter(nn.Module):

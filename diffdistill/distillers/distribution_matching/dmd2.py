@@ -21,6 +21,7 @@ from torch import Tensor
 
 from diffdistill import losses
 from diffdistill.denoiser import Cond
+from diffdistill.distillers.adversarial.heads import logit
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.diff_instruct import generator_loss
 from diffdistill.distillers.distribution_matching.matching import DistributionMatching, check_gan_weights
@@ -114,9 +115,7 @@ class DMD2(DistributionMatching):
 
     def logit_at(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Discriminator logit [B] of noised samples."""
-        heads, view = self.networks["discriminator"], self.networks[self.gan_features]
-        features = view.features(x_t, t, cond, heads.layers)
-        return heads(dict(zip(heads.layers, features, strict=True)))
+        return logit(self.networks["discriminator"], self.networks[self.gan_features], x_t, t, cond)
 
     def _logit(self, x0: Tensor, cond: Cond, rng: Rng) -> Tensor:
         """Discriminator logit [B] of x0 at a fresh time and noise."""

@@ -1,0 +1,296 @@
+"""Residual adapters on a frozen backbone that make one call answer as a guided pair of calls does.
+
+block'(h) = block(h) + A(h; w, t, c), with A zero at first. A reads the guidance scale w, the output of the network's
+own time embedding, and the class embedding or the prompt's tokens. They hang on modules as forward hooks: no module is
+replaced, and taking the hooks away leaves the network as it was. AGD, arXiv:2503.07274.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.errors import UserError
+from diffdistill.networks.call import current_call
+
+AdapterKind = Literal["cross", "offset"]
+MAX_POSITIONS = 250
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """kind: cross attends from every token to (w, t, condition), offset adds one vector to all tokens.  width: of an
+    adapter.  sites: regular expressions on names of modules whose output is one hidden state; None is every attention.
+    """
+
+    kind: AdapterKind = "cross"
+    width: int = 64
+    sites: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cross", "offset"):
+            raise UserError("kind", "must be cross or offset", self.kind, "Cross for UNets, offset for DiTs.")
+        if self.width < 2 or self.width % 2:
+            raise UserError("width", "must be even and >= 2", self.width, "The paper: 320 and 256.")
+        for site in self.sites or ():
+            try:
+                re.compile(site)
+            except re.error as error:
+                fix = f"{str(error).capitalize()}."
+                raise UserError("sites", "must be regular expressions", repr(site), fix) from error
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """What an adapter is built for: channels of the hidden state, of the time embedding, of the condition (0: none)."""
+
+    channels: int
+    time: int
+    condition: int
+
+
+class ScaleToken(nn.Module):
+    """w [B] -> [B, width]: random Fourier features, whose frequencies are buffers and saved, and a small MLP."""
+
+    frequency: Tensor
+    phase: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequency", torch.randn(width))
+        self.register_buffer("phase", torch.rand(width))
+        self.layers = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.ReLU(), nn.Linear(4 * width, width), nn.LayerNorm(width)
+        )
+
+    def forward(self, w: Tensor) -> Tensor:
+        angle = w.to(self.phase.dtype)[:, None] * self.frequency + self.phase
+        return self.layers(torch.cos(2 * math.pi * angle))
+
+
+class CrossAdapter(nn.Module):
+    """softmax(q k^T / sqrt(width)) v from the tokens of h to (w, t, condition), one head; W_o is zero at first."""
+
+    def __init__(self, shape: SiteShape, width: int) -> None:
+        super().__init__()
+        self.scale = ScaleToken(width)
+        self.time = nn.Linear(shape.time, width)
+        self.condition = nn.Linear(shape.condition, width) if shape.condition else None
+        self.query = nn.Linear(shape.channels, width, bias=False)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, shape.channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, tokens: Tensor, w: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+        """tokens [B, T, C], w [B], time [B, d_t], condition [B, L, d_c] -> [B, T, C]."""
+        read = [self.scale(w)[:, None], self.time(time)[:, None]]
+        if self.condition is not None:
+            assert condition is not None
+            read.append(self.condition(condition))
+        seen = torch.cat(read, 1)
+        seen = seen + _positions(seen.shape[1], seen.shape[2]).to(seen)
+        # written out: fused attention has no forward-mode rule
+        logits = self.query(tokens) @ self.key(seen).transpose(1, 2) / math.sqrt(seen.shape[-1])
+        return self.out(torch.softmax(logits, -1) @ self.value(seen))
+
+
+class OffsetAdapter(nn.Module):
+    """MLP(w + t + mean condition), one vector for all tokens; its last linear is zero at first."""
+
+    def __init__(self, shape: SiteShape, width: int) -> None:
+        super().__init__()
+        self.scale = ScaleToken(width)
+        self.time = nn.Linear(shape.time, width)
+        self.condition = nn.Linear(shape.condition, width) if shape.condition else None
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width))
+        self.out = nn.Linear(width, shape.channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, tokens: Tensor, w: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+        """As CrossAdapter's; the result does not depend on the tokens."""
+        summed = self.scale(w) + self.time(time)
+        if self.condition is not None:
+            assert condition is not None
+            summed = summed + self.condition(condition.mean(1))
+        return self.out(self.inner(summed))[:, None].expand_as(tokens)
+
+
+class Adapters(nn.Module):
+    """The adapters of one network, by site. shapes: site -> what it is built for."""
+
+    def __init__(self, spec: AdapterSpec, shapes: Mapping[str, SiteShape]) -> None:
+        super().__init__()
+        self.spec, self.shapes = spec, dict(shapes)
+        build: Callable[[SiteShape, int], nn.Module] = CrossAdapter if spec.kind == "cross" else OffsetAdapter
+        self.sites = nn.ModuleDict({_key(name): build(shape, spec.width) for name, shape in shapes.items()})
+
+    def hang(self, network: nn.Module, scale: Callable[[], Tensor | None]) -> Hooks:
+        """Let the adapters act on `network`. scale: w [B] or [1] of the call in progress, None leaves it alone."""
+        return Hooks(network, self, scale)
+
+    def for_role(self, role: str) -> Callable[[], Tensor | None]:
+        """The scale of this role's calls; other roles see the backbone alone."""
+
+        def scale() -> Tensor | None:
+            call = current_call()
+            if call is None or call.role != role:
+                return None
+            if call.w is None:
+                raise ValueError(f"role {role} has adapters that read w, but cond has no w [B].")
+            return call.w
+
+        return scale
+
+
+class Hooks:
+    """Adapters at work on a network, until `remove`."""
+
+    def __init__(self, network: nn.Module, adapters: Adapters, scale: Callable[[], Tensor | None]) -> None:
+        self.scale, self.time, self.condition = scale, None, None
+        self._handles = [_time_embedding(network).register_forward_hook(self._keep("time"))]
+        if (labels := _class_embedding(network)) is not None:
+            self._handles.append(labels.register_forward_hook(self._keep("condition")))
+        for name in adapters.shapes:
+            adapter = adapters.sites[_key(name)]
+            module = network.get_submodule(name)
+            self._handles.append(module.register_forward_hook(self._add(adapter), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the adapters away; the network is what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _keep(self, what: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            setattr(self, what, output)
+
+        return hook
+
+    def _add(self, adapter: nn.Module) -> Any:
+        def hook(module: nn.Module, inputs: Any, keywords: Any, output: Tensor) -> Tensor | None:
+            w = self.scale()
+            if w is None:
+                return None
+            hidden = _hidden(inputs, keywords, output)
+            tokens = _tokens(hidden)
+            condition = _prompt(inputs, keywords)
+            if condition is None and self.condition is not None:
+                condition = self.condition[:, None]
+            dtype = next(adapter.parameters()).dtype
+            w = w.expand(len(tokens)).to(tokens.device)
+            given = None if condition is None else condition.to(dtype)
+            assert self.time is not None
+            time = self.time.to(dtype).expand(len(tokens), -1)
+            found = adapter(tokens.to(dtype), w, time, given).to(output.dtype)
+            return output + (found.transpose(1, 2) if output.ndim > 3 else found).reshape(output.shape)
+
+        return hook
+
+
+def adapters_for(network: nn.Module, spec: AdapterSpec, call: Callable[[], Any]) -> Adapters:
+    """New adapters at the sites of `network`, built for the shapes seen in `call`, one forward pass of it."""
+    names = [name for name, module in network.named_modules() if _is_site(name, module, spec)]
+    if not names:
+        fix = "Name modules: adapter.sites=['mid_block']."
+        raise UserError("adapter.sites", "must match a module, or the network have attention", spec.sites, fix)
+    with _shapes(network, names) as shapes:
+        call()
+    return Adapters(spec, shapes)
+
+
+@contextmanager
+def _shapes(network: nn.Module, names: list[str]) -> Iterator[dict[str, SiteShape]]:
+    """Filled by the forward pass made within the context."""
+    found: dict[str, SiteShape] = {}
+    widths = {"time": 0, "condition": 0}
+
+    def keep(what: str) -> Any:
+        return lambda module, inputs, output: widths.__setitem__(what, output.shape[-1])
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
+            if not isinstance(output, Tensor) or output.ndim < 2:
+                fix = "Name others: an attention, a residual block."
+                raise UserError("adapter.sites", "must be modules that return one hidden state", name, fix)
+            prompt = _prompt(inputs, keywords)
+            width = widths["condition"] if prompt is None else prompt.shape[-1]
+            channels = _tokens(_hidden(inputs, keywords, output)).shape[-1]
+            found[name] = SiteShape(channels, widths["time"], width)
+
+        return hook
+
+    handles = [_time_embedding(network).register_forward_hook(keep("time"))]
+    if (labels := _class_embedding(network)) is not None:
+        handles.append(labels.register_forward_hook(keep("condition")))
+    handles += [network.get_submodule(n).register_forward_hook(look(n), with_kwargs=True) for n in names]
+    try:
+        with torch.no_grad():
+            yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _is_site(name: str, module: nn.Module, spec: AdapterSpec) -> bool:
+    if spec.sites is not None:
+        return any(re.fullmatch(site, name) for site in spec.sites)
+    return type(module).__name__ == "Attention"  # diffusers': by name, this file works without it
+
+
+def _time_embedding(network: nn.Module) -> nn.Module:
+    return _named(network, "time_embedding", "time_text_embed", "time_embed")
+
+
+def _class_embedding(network: nn.Module) -> nn.Module | None:
+    return getattr(network, "class_embedding", None)
+
+
+def _named(network: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        module = getattr(network, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    fix = "Adapters are for diffusers' UNets and transformers."
+    raise UserError("roles", f"adapter needs a network with one of {names}", type(network).__name__, fix)
+
+
+def _hidden(inputs: Any, keywords: Any, output: Tensor) -> Tensor:
+    """What the site is asked about: its input, or its output where it changes their number or size."""
+    given = inputs[0] if inputs else keywords.get("hidden_states")
+    return given if isinstance(given, Tensor) and given.shape == output.shape else output
+
+
+def _prompt(inputs: Any, keywords: Any) -> Tensor | None:
+    """The tokens that a cross-attention reads, [B, L, d]."""
+    given = keywords.get("encoder_hidden_states", inputs[1] if len(inputs) > 1 else None)
+    return given if isinstance(given, Tensor) and given.ndim == 3 else None
+
+
+def _tokens(hidden: Tensor) -> Tensor:
+    """[B, C, *space], [B, T, C] or [B, C] as [B, T, C]."""
+    if hidden.ndim == 2:
+        return hidden[:, None]
+    return hidden.flatten(2).transpose(1, 2) if hidden.ndim > 3 else hidden
+
+
+def _positions(length: int, width: int) -> Tensor:
+    """Sinusoidal positions [length, width]; from 250 on the last one repeats."""
+    place = torch.arange(length).clamp(max=MAX_POSITIONS - 1).float()
+    power = torch.arange(0, width, 2) / width
+    angle = place[:, None] * torch.exp(-math.log(10_000.0) * power)
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a ModuleDict's keys may not contain dots
