@@ -296,14 +296,8 @@ class FlowMap:
         return torch.where(still.view(-1, *[1] * (x_t.ndim - 1)), velocity, moved)
 
     def x0(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The clean sample: the end of the map at t_min; of the average head what its velocity points at beyond.
-
-        There the two differ by t_min / t of the way, and a stock pipeline gives the latter.
-        """
-        end = torch.full_like(t, self.process.t_min)
-        if self.head == "average":
-            return self.denoiser(x_t, t, {**cond, "s": end})
-        return self(x_t, t, end, cond)
+        """The end of the map, at t_min."""
+        return self(x_t, t, torch.full_like(t, self.process.t_min), cond)
 
     def _land(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """x_s from the predicted x0; a kind with boundary scalings already ends at t_min."""

@@ -97,8 +97,6 @@ def _constants(generator: Sampler) -> dict[str, float]:
     student: Any = generator.student if isinstance(generator, Generator) else getattr(generator, "denoiser", None)
     view = student.denoiser if isinstance(student, FlowMap | SignalMap) else student
     found = dict(view.inputs) if isinstance(view, Denoiser) else {}
-    if isinstance(student, FlowMap) and student.head == "average":
-        found["s"] = student.process.t_min
     if isinstance(generator, Generator) and len(generator.times) == 1:
         found["step"] = 0.0
     return found

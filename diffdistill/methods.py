@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for name in config_files.groups()["distiller"]:
-        text = _docstring(name)
+        text = _description(name)
         first = text.strip().splitlines()[0].rstrip(".")
         paper = _PAPER.search(text)
         if paper is None:
@@ -63,6 +64,13 @@ def filled(page: str) -> str:
     """The page with the table between its markers."""
     before, rest = page.split(START)
     return f"{before}{START}\n{table()}\n{END}{rest.split(END)[1]}"
+
+
+def _description(name: str) -> str:
+    """What the config's own head says, where it names a paper (composites, variants of a class); else its module."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), config_files.text(f"distiller/{name}").splitlines())
+    text = "\n".join(line.removeprefix("#").removeprefix(" ") for line in head)
+    return text if _PAPER.search(text) else _docstring(name)
 
 
 def _docstring(name: str) -> str:

@@ -42,7 +42,7 @@ def student_type(distiller: Distiller) -> str:
     if isinstance(student, SignalMap):
         return "signal map"
     assert isinstance(student, Denoiser)
-    return "one-step denoiser"
+    return "average" if "s" in dict(student.inputs) else "one-step denoiser"
 
 
 def gauss_recipe(name: str, *overrides: str) -> Recipe:
