@@ -131,12 +131,14 @@ def epoch_indices(rng: Rng, global_batch: int, size: int) -> np.ndarray:
 class Mixture2D:
     """Equal isotropic Gaussians on a circle, the class is the mode. Draws are fresh at every step.
 
-    num_modes: on the circle.  radius: of it.  std: of a mode.
+    num_modes: on the circle.  radius: of it.  std: of a mode.  unconditional: every condition is the null class, so
+    that a student has to find the modes by itself; for teachers that have one.
     """
 
     num_modes: int = 8
     radius: float = 1.0
     std: float = 0.05
+    unconditional: bool = False
     name: str = field(default="gmm2d", init=False)
     shape: tuple[int, ...] = field(default=(2,), init=False)
     provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
@@ -151,12 +153,12 @@ class Mixture2D:
         return self.num_modes
 
     def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
-        cond = uniform_classes(rng, self.num_modes)
-        x0 = self._draw(rng, cond["label"], dtype) if "x0" in needs else None
-        return Batch(cond, (len(rng), *self.shape), x0)
+        modes = uniform_classes(rng, self.num_modes)
+        x0 = self._draw(rng, modes["label"], dtype) if "x0" in needs else None
+        return Batch(self._told(modes), (len(rng), *self.shape), x0)
 
     def conditions(self, rng: Rng) -> Cond:
-        return uniform_classes(rng, self.num_modes)
+        return self._told(uniform_classes(rng, self.num_modes))
 
     def reference(self) -> Reference:
         """10,000 draws with a seed of their own."""
@@ -176,6 +178,10 @@ class Mixture2D:
 
     def features(self) -> None:
         return None
+
+    def _told(self, modes: Cond) -> Cond:
+        """What a network is told of the modes: all, or the null class alone."""
+        return {"label": torch.full_like(modes["label"], self.num_modes)} if self.unconditional else modes
 
     def _draw(self, rng: Rng, labels: Tensor, dtype: torch.dtype) -> Tensor:
         centres = torch.tensor(circle(self.num_modes, self.radius), dtype=dtype, device=rng.device)

@@ -45,6 +45,9 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
     else:
         teacher = build(settings["networks"]).to(device)
     teacher.check(data.shape, data.num_classes)
+    if getattr(data, "unconditional", False) and teacher.null is None:
+        fix = "Set it to false, or use a teacher with a null class."
+        raise UserError("data.unconditional", "needs a network with a null condition", True, fix)
     part = build(settings["distiller"])
     needs, roles = _asked(part)
     scale, interval = _guidance(settings["guidance"])

@@ -82,7 +82,10 @@ class TrajectorySource:
         return self.scales.low == self.scales.high == 1
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse scales for a teacher without a null condition."""
+        """Refuse scales for a teacher without a null condition, and samples at a scale that no run has."""
+        for name, value in getattr(getattr(recipe.distiller.generator, "denoiser", None), "inputs", ()):
+            if name == "w":
+                self.scales.check("distiller.scale", value)
         if recipe.networks.teacher.null is None and not self._plain:
             given = [self.scales.low, self.scales.high]
             raise UserError("trajectories.scales", "needs a network with a null condition", given, "Set both to 1.")

@@ -76,6 +76,7 @@ def plain(words: list[str]) -> list[str]:
     off = {
         "scales": "null",
         "warmup": 0,
+        "points": 4,
         "adaptive": "false",
         "null_share": 0,
         "gan_weight": 0,

@@ -210,6 +210,53 @@ def test_a_trained_denoiser_becomes_the_model_folder_it_came_from(tmp_path: Path
     assert torch.allclose(unet(x, network.time(t), class_labels=labels).sample, ours, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("distiller", "words"),
+    [
+        ("mean_flow", ["distiller.times=[20.0,0.18492117]"]),  # s = t_min at both steps
+        ("boot", []),  # fed t_max, answers as for t_min
+        ("lcm", ["distiller.scale=7"]),
+    ],
+)
+def test_constant_inputs_and_times_are_folded_into_the_time_embedding(
+    tmp_path: Path, distiller: str, words: list[str]
+) -> None:
+    """`write` compares the folder with the run's own samples, in a process without this package."""
+    recipe, settings = tiny(distiller, *words)
+    for inputs in getattr(recipe.networks["student"].network.unet.time_embedding, "roles", {}).values():
+        for embedder in inputs.values():
+            torch.nn.init.normal_(embedder.last.weight, std=0.3)
+    folder = write(recipe, tmp_path / "pipeline", settings, {})
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    names = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors").keys()
+    assert unet["_class_name"] == "UNet2DModel" and not any("roles" in name or "base" in name for name in names)
+
+
+def test_a_student_that_takes_w_becomes_a_model_folder_at_its_scale(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    recipe, settings = tiny("guidance_distillation", "distiller.scale=2")
+    student = recipe.networks["student"]
+    for embedder in student.network.unet.time_embedding.roles["student"].values():
+        torch.nn.init.normal_(embedder.last.weight, std=0.3)
+    unet = UNet2DModel.from_pretrained(write(recipe, tmp_path / "unet", settings, {}))
+    x, t, labels = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 4.0]), torch.tensor([1, 2])
+    network = student.network
+    raw = unet(network.scale(t).view(-1, 1, 1, 1) * x, network.time(t), class_labels=labels).sample
+    c_x, c_raw = (c.view(-1, 1, 1, 1) for c in network.kind.x0_from(network.process, t))
+    for w, same in ((2.0, True), (4.0, False)):
+        ours = student.given(w=w)(x, t, {"label": labels})
+        assert torch.allclose(c_x * x + c_raw * raw, ours, atol=1e-5) == same
+
+
+def test_an_input_that_changes_from_step_to_step_is_refused() -> None:
+    recipe, _ = tiny("mean_flow")
+    generator = recipe.distiller.generator
+    assert isinstance(generator, Generator)
+    free = Generator(recipe.networks["student"], generator.times)  # its sampler does not say what s is
+    assert "extra inputs that stay constant" in str(refusal(recipe, free))
+
+
 def test_times_off_the_grid_are_refused_with_the_nearest() -> None:
     assert grid_indices((20.0,), 0.002) == [0]
     with pytest.raises(UserError, match="The nearest time on it is"):
