@@ -59,9 +59,9 @@ def test_seconds_buy_steps_at_their_measured_price(monkeypatch: pytest.MonkeyPat
     import diffdistill.compare_budget as budget
 
     monkeypatch.setattr(budget, "_prices", lambda settings: (0.5, 10.0))
-    assert Budget(None, 60.0, None).steps(settings("sid")) == (97, 97)  # .97 (60 - 10) / .5
+    assert Budget(None, 60.0, None).steps(settings("sid")) == (94, 94)  # .94 (60 - 10) / .5
     assert Budget(20, 60.0, None).steps(settings("sid")) == (20, 20)
-    assert Budget(None, 60.0, None).steps(settings("dmd2")) == (97, 20)
+    assert Budget(None, 60.0, None).steps(settings("dmd2")) == (94, 19)
     with pytest.raises(UserError, match=r"budget\.seconds.*one step"):
         Budget(None, 10.2, None).steps(settings("sid"))
 

@@ -86,7 +86,6 @@ in_every_mode = pytest.mark.parametrize(("name", "mode"), CASES, ids=[f"{n}-{m}"
 
 def gmm2d_recipe(name: str, mode: str = "copy", *overrides: str) -> Recipe:
     words = ["data=gmm2d", f"distiller={name}", "experiment=none", "evaluation=none", "run_dir=none", *overrides]
-    words.append("adapter.sites=['layers\\.\\d+']")  # an MLP has no attention
     settings = compose("train", words)
     part = build(settings.distiller)
     trained = [n for n, r in part.func.roles(**part.keywords).items() if r.trainable and r.build == "denoiser"]

@@ -218,8 +218,11 @@ class Composite(Distiller):
             raise UserError(
                 "distiller.weights", f"must name exactly the parts {sorted(parts)}", sorted(weights), "Mend the names."
             )
-        if not any(weights.values()) or min(weights.values()) < 0:
-            raise UserError("distiller.weights", "must be >= 0, not all 0", dict(weights), "Give one a positive value.")
+        for name, weight in weights.items():
+            if weight < 0:
+                raise UserError(f"distiller.weights.{name}", "must be >= 0", weight, "0 leaves the part out.")
+        if not any(weights.values()):
+            raise UserError("distiller.weights", "must not all be 0", dict(weights), "Give one a positive value.")
 
 
 __all__ = [

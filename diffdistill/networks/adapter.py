@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +27,8 @@ MAX_POSITIONS = 250
 @dataclass(frozen=True)
 class AdapterSpec:
     """kind: cross attends from every token to (w, t, condition), offset adds one vector to all tokens.  width: of an
-    adapter.  sites: regular expressions on names of modules whose output is one hidden state; None is every attention.
+    adapter.  sites: regular expressions on names of modules whose output is one hidden state; None is every attention,
+    or every block of a network without.
     """
 
     kind: AdapterKind = "cross"
@@ -198,9 +199,16 @@ class Hooks:
         return hook
 
 
-def adapters_for(network: nn.Module, spec: AdapterSpec, call: Callable[[], Any]) -> Adapters:
-    """New adapters at the sites of `network`, built for the shapes seen in `call`, one forward pass of it."""
+def adapters_for(
+    network: nn.Module, spec: AdapterSpec, call: Callable[[], Any], blocks: Sequence[str] = ()
+) -> Adapters:
+    """New adapters at the sites of `network`, built for the shapes seen in `call`, one forward pass of it.
+
+    blocks: names of modules that take the place of attentions where there are none.
+    """
     names = [name for name, module in network.named_modules() if _is_site(name, module, spec)]
+    if not names and spec.sites is None:
+        names = list(blocks)
     if not names:
         fix = "Name modules: adapter.sites=['mid_block']."
         raise UserError("adapter.sites", "must match a module, or the network have attention", spec.sites, fix)

@@ -330,7 +330,8 @@ class Networks:
             raise UserError(f"roles.{name}", "needs a network of modules", type(self.teacher).__name__, fix)
         probe = Denoiser(self.teacher, "probe")
         x, t, cond = self._example(probe)
-        adapters = adapters_for(backbone, self.adapter, lambda: probe(x, t, cond)).to(self._device)
+        blocks = [name for name, module in backbone.named_modules() if module in list(self.teacher.blocks)]
+        adapters = adapters_for(backbone, self.adapter, lambda: probe(x, t, cond), blocks).to(self._device)
         adapters.hang(backbone, adapters.for_role(name))
         return adapters
 
@@ -348,7 +349,10 @@ class Networks:
         layers = role.layers or (len(view.network.blocks) // 2,)
         x, t, cond = self._example(view)
         cond |= {name: torch.zeros_like(t) for name in self.roles[role.reads or "teacher"].inputs if role.reads}
-        found = view.features(x, t, cond, layers)
+        try:
+            found = view.features(x, t, cond, layers)
+        except UserError as error:  # a method's hyperparameter of that name
+            raise UserError("distiller.layers", error.constraint, error.value, error.fix) from error
         heads = Heads({layer: feature.shape[1:] for layer, feature in zip(layers, found, strict=True)})
         self._modules[name] = self._views[name] = heads.to(x.device)
 

@@ -254,9 +254,12 @@ def test_weights_must_name_exactly_the_parts(weights):
         build(partial(Composite, parts=PARTS, weights=weights))
 
 
-@pytest.mark.parametrize(("pull", "chase"), [(0.0, 0.0), (-1.0, 2.0)])
-def test_weights_must_not_be_negative_or_all_zero(pull, chase):
-    with pytest.raises(UserError, match=r"distiller.weights must be >= 0, not all 0"):
+@pytest.mark.parametrize(
+    ("pull", "chase", "message"),
+    [(0.0, 0.0, "distiller.weights must not all be 0"), (-1.0, 2.0, r"distiller.weights.pull must be >= 0, got -1")],
+)
+def test_weights_must_not_be_negative_or_all_zero(pull, chase, message):
+    with pytest.raises(UserError, match=message):
         build(composite(pull, chase))
 
 

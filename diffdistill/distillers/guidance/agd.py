@@ -17,6 +17,7 @@ from typing import Any
 
 from diffdistill import losses
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase
+from diffdistill.errors import require_at_least
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid, OdeSampler, Solver, ode_sampler
@@ -38,7 +39,8 @@ class AGD(Distiller):
         self.solver, self.grid, self.num_steps = solver, grid, num_steps
 
     @classmethod
-    def needs(cls, **hyperparameters: Any) -> frozenset[str]:
+    def needs(cls, num_steps: int = 1, **hyperparameters: Any) -> frozenset[str]:
+        require_at_least(1, num_steps=num_steps)
         return frozenset({"trajectory"})
 
     @classmethod

@@ -20,6 +20,7 @@ import torch
 from diffdistill import losses
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase
 from diffdistill.distillers.guidance.scales import UniformScale, guided_by
+from diffdistill.errors import require_at_least
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid, OdeSampler, Solver, ode_sampler
@@ -46,7 +47,10 @@ class GuidanceDistillation(Distiller):
         self.solver, self.grid, self.num_steps = solver, grid, num_steps
 
     @classmethod
-    def needs(cls, scales: UniformScale | None = None, scale: float = 1.0, **hyperparameters: Any) -> frozenset[str]:
+    def needs(
+        cls, scales: UniformScale | None = None, scale: float = 1.0, num_steps: int = 1, **hyperparameters: Any
+    ) -> frozenset[str]:
+        require_at_least(1, num_steps=num_steps)
         if scales is None:
             return frozenset({"x0"})
         scales.check("scale", scale)

@@ -23,7 +23,7 @@ from torch import Tensor
 from diffdistill import losses
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Batch, Cond, Distiller, Loss, Phase, Transition
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_at_least
 from diffdistill.generator import Generator, ddim
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.process import NoiseProcess, expand
@@ -68,8 +68,13 @@ class Progressive(Distiller):
 
     @classmethod
     def needs(
-        cls, num_steps: Sequence[int] = (1,), shares: Sequence[float] = (1,), **hyperparameters: Any
+        cls,
+        num_steps: Sequence[int] = (1,),
+        shares: Sequence[float] = (1,),
+        total_steps: int = 1,
+        **hyperparameters: Any,
     ) -> frozenset[str]:
+        require_at_least(1, total_steps=total_steps)
         if not num_steps or num_steps[-1] < 1 or any(a != 2 * b for a, b in pairwise(num_steps)):
             raise UserError("num_steps", "must halve from stage to stage", list(num_steps), "Write [8,4,2,1].")
         if len(shares) != len(num_steps) or not all(share > 0 for share in shares):
