@@ -47,9 +47,9 @@ def page(plan: Mapping[str, Any], table: str) -> str:
             command(plan),
             "```",
             "",
-            "`iterations` are updates of the student; `cpu_seconds` those of its training process, pairs included. A budget"
-            " of seconds becomes a number of steps before a method begins, by the price of a few; what the machine then"
-            " took, with other work beside, may differ.",
+            "`iterations` are updates of the student; `cpu_seconds` those of its training process, pairs included. A"
+            " budget of seconds becomes a number of steps before a method begins, by the price of a few; what the"
+            " machine then took, with other work beside, may differ.",
             "",
             *(f"Machine: {text}." for text in machines(plan)),
             "",

@@ -121,7 +121,10 @@ def _points(axes: Any, values: Tensor, reference: Tensor) -> None:
 def distance_against_cost(
     points: Mapping[str, tuple[float, float]], lines: Mapping[str, float], labels: tuple[str, str], path: str | Path
 ) -> None:
-    """Plot (cost, distance) of each method on logarithmic axes, and distances without a cost as horizontal lines."""
+    """Plot (cost, distance) of each method, and distances without a cost as horizontal lines.
+
+    Axes are logarithmic, that of cost where the costs differ by more than a factor of 4.
+    """
     check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -136,7 +139,9 @@ def distance_against_cost(
         )
     for index, (name, distance) in enumerate(lines.items()):
         axes.axhline(distance, color="0.4", linestyle=("--", ":", "-.")[index % 3], linewidth=1, label=name)
-    axes.set_xscale("log")
+    costs = [cost for cost, _ in points.values()]
+    if costs and max(costs) > 4 * min(costs):
+        axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
