@@ -1,7 +1,7 @@
 """LCM: consistency distillation of the guided teacher, with the scale as an input, over skipping steps.
 
 Paper: Luo et al. 2023, Latent Consistency Models, arXiv:2310.04378.
-Headline: LAION-5B-aesthetics 512, four steps: FID 11.10 (guidance 8).
+Headline: 768 x 768 in 2 to 4 steps after 32 A100 hours.
 
 The loss is that of `consistency`, with x_r one step of the teacher guided by w, drawn for every sample, and both maps
 given w.  Pairs are neighbours on a coarse grid: a step skips k of the teacher's 1,000.  LCM-LoRA (arXiv:2311.05556):

@@ -1,6 +1,6 @@
 """AGD: adapters on the frozen teacher learn its guided prediction, on states that guided sampling visits.
 
-Paper: Jensen & Sadat 2025, Efficient Distillation of Classifier-Free Guidance using Adapters, arXiv:2503.07274.
+Paper: Perez Jensen & Sadat 2025, Efficient Distillation of Classifier-Free Guidance using Adapters, arXiv:2503.07274.
 Headline: guidance at half the evaluations with about 2 % more parameters; SDXL on one 24 GB GPU.
 
     L = E w(t) |D(x_t, t, c, w) - D^w(x_t, t, c)|^2

@@ -1,7 +1,7 @@
 """Guidance distillation: one call of a student that takes the scale as an input, in place of the teacher's two.
 
 Paper: Meng et al. 2022, On Distillation of Guided Diffusion Models, arXiv:2210.03142.
-Headline: ImageNet-64 FID 2.05 at w' = .3 in two steps per network, with its step halving.
+Headline: with its step halving, the teacher's FID in 4 steps on CIFAR-10 and ImageNet-64.
 
     L = E max(alpha^2/sigma^2, 1) |D(x_t, t, c, w) - D_target^w(x_t, t, c)|^2
 
