@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
+from diffdistill.generator import constant_inputs
 from diffdistill.networks.adapter import Adapters, AdapterSpec, Hooks, SiteShape
 from diffdistill.process import X0
 from diffdistill.run_folder import read_json
@@ -71,7 +72,7 @@ def write_adapters(recipe: Recipe, out: Path, settings: Mapping[str, Any]) -> Pa
         raise UserError("out", "must not exist yet", str(out), "Name another folder.")
     adapters = networks.module("student")
     assert isinstance(adapters, Adapters)
-    scales, scale = settings["trajectories"]["scales"], float(dict(networks_inputs(recipe))["w"])
+    scales, scale = settings["trajectories"]["scales"], constant_inputs(recipe.distiller.generator)["w"]
     description = {
         "schema": SCHEMA,
         "kind": adapters.spec.kind,
@@ -91,12 +92,6 @@ def write_adapters(recipe: Recipe, out: Path, settings: Mapping[str, Any]) -> Pa
         _verify(recipe, folder, scale)
         folder.rename(out)
     return out
-
-
-def networks_inputs(recipe: Recipe) -> tuple[tuple[str, float], ...]:
-    """The extra inputs that the student's sampler holds."""
-    student: Any = getattr(recipe.distiller.generator, "denoiser", None)
-    return tuple(getattr(student, "inputs", ()))
 
 
 def attach(pipeline: Any, path: str | Path, scale: float | None = None) -> Attached:

@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffdistill.adapter_file import attach
-from diffdistill.denoiser import Denoiser, FlowMap, SignalMap
+from diffdistill.denoiser import SignalMap
 from diffdistill.errors import UserError
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.protocol import Protocol
-from diffdistill.generator import Generator, fresh_from_t_min
+from diffdistill.generator import Generator, constant_inputs, fresh_from_t_min
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.diffusers import UNet2D
 from diffdistill.networks.files import resolve
@@ -92,20 +92,10 @@ def refusal(recipe: Recipe, sampler: Sampler | None = None) -> UserError | None:
     return None
 
 
-def _constants(generator: Sampler) -> dict[str, float]:
-    """Extra inputs that do not change while `generator` samples, s as a time of the student's process."""
-    student: Any = generator.student if isinstance(generator, Generator) else getattr(generator, "denoiser", None)
-    view = student.denoiser if isinstance(student, FlowMap | SignalMap) else student
-    found = dict(view.inputs) if isinstance(view, Denoiser) else {}
-    if isinstance(generator, Generator) and len(generator.times) == 1:
-        found["step"] = 0.0
-    return found
-
-
 def _varying(recipe: Recipe, generator: Sampler) -> UserError | None:
     """Refuse extra inputs that change from step to step: no stock model takes them, and only constants fold."""
     inputs = recipe.networks.roles["student"].inputs if "student" in recipe.networks.roles else ()
-    left = sorted(set(inputs) - set(_constants(generator)))
+    left = sorted(set(inputs) - set(constant_inputs(generator)))
     if not left:
         return None
     fix = "Export a generator that holds them constant, for example one of one step."
@@ -119,9 +109,8 @@ def _standalone(recipe: Recipe, generator: Sampler) -> Any:
     parent = network.get_submodule(".".join(path))
     embedding = getattr(parent, leaf)
     if isinstance(embedding, EmbeddingWithInputs):
-        values = {
-            name: torch.tensor([value], device=recipe.networks.device) for name, value in _constants(generator).items()
-        }
+        constants, device = constant_inputs(generator), recipe.networks.device
+        values = {name: torch.tensor([value], device=device) for name, value in constants.items()}
         if "s" in values:
             values["s"] = network.time(values["s"])
         setattr(parent, leaf, fold_inputs(embedding, "student", values))

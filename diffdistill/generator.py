@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,16 @@ def per_sample_step(rng: Rng, num_steps: int, batch: int) -> Tensor:
 def last_step(rng: Rng, num_steps: int, batch: int) -> int:
     """The last call: training on complete samples."""
     return num_steps - 1
+
+
+def constant_inputs(sampler: object) -> dict[str, float]:
+    """Extra inputs (w, s, step) that do not change while `sampler`, a Generator or a teacher's, samples, by name."""
+    student: Any = sampler.student if isinstance(sampler, Generator) else getattr(sampler, "denoiser", None)
+    view = student.denoiser if isinstance(student, FlowMap | SignalMap) else student
+    found = dict(view.inputs) if isinstance(view, Denoiser) else {}
+    if isinstance(sampler, Generator) and len(sampler.times) == 1:
+        found["step"] = 0.0
+    return found
 
 
 @dataclass(frozen=True)

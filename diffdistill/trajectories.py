@@ -23,6 +23,7 @@ from diffdistill.data import Data, epoch_indices
 from diffdistill.distillers.base import Batch, Trajectory
 from diffdistill.distillers.guidance.scales import UniformScale, guided_by
 from diffdistill.errors import UserError, require_at_least
+from diffdistill.generator import constant_inputs
 from diffdistill.process import expand
 from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
@@ -83,9 +84,8 @@ class TrajectorySource:
 
     def check(self, recipe: Recipe) -> None:
         """Refuse scales for a teacher without a null condition, and samples at a scale that no run has."""
-        for name, value in getattr(getattr(recipe.distiller.generator, "denoiser", None), "inputs", ()):
-            if name == "w":
-                self.scales.check("distiller.scale", value)
+        if (scale := constant_inputs(recipe.distiller.generator).get("w")) is not None:
+            self.scales.check("distiller.scale", scale)
         if recipe.networks.teacher.null is None and not self._plain:
             given = [self.scales.low, self.scales.high]
             raise UserError("trajectories.scales", "needs a network with a null condition", given, "Set both to 1.")

@@ -13,6 +13,7 @@ from 0 to 1.  u: a learned function of time.  The weight 1 / (sd tan t) of the p
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -58,10 +59,12 @@ def normalised(g: Tensor, c: float | None) -> Tensor:
     return g / expand(norm + c, g)
 
 
-class SCM(Distiller):
-    """times: the student's grid in the teacher's process, None is one step from t_max.  few_steps: grid for another
-    number of steps.  law: of t, in Trig.  sigma_data: sd.  velocity: teacher or data.  tangent: how dF/dt is taken.
-    normalise: c, None leaves g as it is.  warmup: steps in which r rises.  adaptive: whether u is learned, else 0.
+class ContinuousConsistency(Distiller):
+    """sCM's loss on states that a subclass gives.
+
+    times: the student's grid in the teacher's process, None is one step from t_max.  few_steps: grid for another
+    number of steps.  sigma_data: sd.  tangent: how dF/dt is taken.  normalise: c, None leaves g as it is.  warmup:
+    steps in which r rises.  adaptive: whether u is learned, else 0.
     """
 
     def __init__(
@@ -70,25 +73,21 @@ class SCM(Distiller):
         times: Sequence[float] | None,
         renoise: Renoise,
         few_steps: Grid,
-        law: TimeLaw,
         sigma_data: float,
-        velocity: Literal["teacher", "data"],
         tangent: Tangent,
         normalise: float | None,
         warmup: int,
         adaptive: bool,
     ) -> None:
         self.networks, self.times = networks, student_times(networks, times)
-        self.renoise, self.few_steps, self.law, self.sigma_data = renoise, few_steps, law, sigma_data
-        self.velocity, self.tangent, self.normalise, self.warmup = velocity, tangent, normalise, warmup
-        self.adaptive = adaptive
+        self.renoise, self.few_steps, self.sigma_data = renoise, few_steps, sigma_data
+        self.tangent, self.normalise, self.warmup, self.adaptive = tangent, normalise, warmup, adaptive
         networks["student"].process.check_times("distiller.times", self.times)
 
     @classmethod
     def needs(
         cls,
         sigma_data: float = 0.5,
-        velocity: str = "teacher",
         normalise: float | None = None,
         warmup: int = 0,
         **hyperparameters: Any,
@@ -97,15 +96,11 @@ class SCM(Distiller):
         require_at_least(0, warmup=warmup)
         if normalise is not None:
             require_positive(normalise=normalise)
-        if velocity not in ("teacher", "data"):
-            raise UserError("velocity", "must be teacher or data", velocity, "data is consistency training, sCT.")
-        return frozenset({"x0", "jvp"})
+        return frozenset({"jvp"})
 
     @classmethod
-    def roles(cls, velocity: str = "teacher", adaptive: bool = False, **hyperparameters: Any) -> Mapping[str, Role]:
-        roles = {"student": Role()}
-        if velocity == "teacher":
-            roles["target"] = Role(trainable=False)
+    def roles(cls, adaptive: bool = False, **hyperparameters: Any) -> Mapping[str, Role]:
+        roles = {"student": Role(), "target": Role(trainable=False)}
         if adaptive:
             roles["weight"] = Role(init=None, build="scalar")
         return roles
@@ -136,18 +131,9 @@ class SCM(Distiller):
             error = torch.exp(-log_variance) * error + log_variance
         return Loss({"consistency": error.mean()}, {"tangent": size})
 
+    @abstractmethod
     def states(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Cond]:
-        """x_t [B, *shape], t [B] in Trig, dx/dt there and the conditions: noised data."""
-        assert batch.x0 is not None
-        process, x0 = self.student.process, batch.x0
-        t = held(self.law(rng, process, torch.promote_types(x0.dtype, torch.float32)), process, self.room)
-        eps = rng.normal(batch.shape, x0.dtype)
-        x_t = process.add_noise(x0, eps, t)
-        if self.velocity == "teacher":
-            with torch.no_grad():
-                return x_t, t, self.target.predict(x_t, t, batch.cond, VELOCITY), batch.cond
-        alpha_rate, sigma_rate = (expand(rate, x0) for rate in process.rates(t))
-        return x_t, t, alpha_rate * x0 + sigma_rate * eps, batch.cond
+        """x_t [N, *shape], t [N] in Trig, dx/dt there and the conditions."""
 
     @property
     def room(self) -> float:
@@ -163,6 +149,50 @@ class SCM(Distiller):
     def target(self) -> Denoiser:
         """The teacher under TrigFlow, guided if asked."""
         return self.networks["target"].under(Trig(sigma_data=self.sigma_data))
+
+
+class SCM(ContinuousConsistency):
+    """On noised data. Beside ContinuousConsistency's: law: of t, in Trig.  velocity: teacher or data."""
+
+    def __init__(
+        self,
+        networks: Networks,
+        times: Sequence[float] | None,
+        renoise: Renoise,
+        few_steps: Grid,
+        law: TimeLaw,
+        sigma_data: float,
+        velocity: Literal["teacher", "data"],
+        tangent: Tangent,
+        normalise: float | None,
+        warmup: int,
+        adaptive: bool,
+    ) -> None:
+        super().__init__(networks, times, renoise, few_steps, sigma_data, tangent, normalise, warmup, adaptive)
+        self.law, self.velocity = law, velocity
+
+    @classmethod
+    def needs(cls, *args: Any, velocity: str = "teacher", **hyperparameters: Any) -> frozenset[str]:
+        if velocity not in ("teacher", "data"):
+            raise UserError("velocity", "must be teacher or data", velocity, "data is consistency training, sCT.")
+        return super().needs(*args, **hyperparameters) | {"x0"}
+
+    @classmethod
+    def roles(cls, *args: Any, velocity: str = "teacher", **hyperparameters: Any) -> Mapping[str, Role]:
+        roles = super().roles(*args, **hyperparameters)
+        return {name: role for name, role in roles.items() if name != "target" or velocity == "teacher"}
+
+    def states(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Cond]:
+        assert batch.x0 is not None
+        process, x0 = self.student.process, batch.x0
+        t = held(self.law(rng, process, torch.promote_types(x0.dtype, torch.float32)), process, self.room)
+        eps = rng.normal(batch.shape, x0.dtype)
+        x_t = process.add_noise(x0, eps, t)
+        if self.velocity == "teacher":
+            with torch.no_grad():
+                return x_t, t, self.target.predict(x_t, t, batch.cond, VELOCITY), batch.cond
+        alpha_rate, sigma_rate = (expand(rate, x0) for rate in process.rates(t))
+        return x_t, t, alpha_rate * x0 + sigma_rate * eps, batch.cond
 
 
 def held(t: Tensor, process: NoiseProcess, room: float) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from diffdistill.autodiff import Tangent
 from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
-from diffdistill.distillers.consistency.scm import SCM, held
+from diffdistill.distillers.consistency.scm import ContinuousConsistency, held
 from diffdistill.errors import UserError
 from diffdistill.generator import Renoise
 from diffdistill.networks.roles import Networks
@@ -29,8 +29,8 @@ from diffdistill.rng import Rng
 from diffdistill.solvers import Grid
 
 
-class TBCM(SCM):
-    """As SCM, without law and velocity.  points: of the route, the first of which is no training point: a batch of B
+class TBCM(ContinuousConsistency):
+    """Beside ContinuousConsistency's: points: of the route, the first of which is no training point: a batch of B
     prompts has B (points - 1) of them.  grid: the reference, in Trig."""
 
     def __init__(
@@ -47,16 +47,14 @@ class TBCM(SCM):
         warmup: int,
         adaptive: bool,
     ) -> None:
-        super().__init__(
-            networks, times, renoise, few_steps, _no_law, sigma_data, "teacher", tangent, normalise, warmup, adaptive
-        )
+        super().__init__(networks, times, renoise, few_steps, sigma_data, tangent, normalise, warmup, adaptive)
         self.points, self.grid = points, grid
 
     @classmethod
     def needs(cls, *args: Any, points: int = 2, **hyperparameters: Any) -> frozenset[str]:
         if points < 2:
             raise UserError("points", "must be >= 2: the first is no training point", points, "The paper uses 16.")
-        return super().needs(*args, **hyperparameters) - {"x0"}
+        return super().needs(*args, **hyperparameters)
 
     def states(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Cond]:
         process = self.student.process
@@ -82,7 +80,3 @@ class TBCM(SCM):
         share = rng.uniform((len(rng), self.points - 1), dtype)
         drawn = grid[1:] + share * (grid[:-1] - grid[1:])
         return [held(t, process, self.room) for t in (grid[0].expand(len(rng)), *drawn.T)]
-
-
-def _no_law(rng: Rng, process: Any, dtype: torch.dtype) -> Tensor:
-    raise NotImplementedError("the states come from the teacher's route")
