@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from diffdistill import config_files
-from diffdistill.compare_budget import Budget
+from diffdistill.compare_budget import Budget, student_updates
 from diffdistill.compare_plan import Plan
 from diffdistill.compare_report import Row, write_report
 from diffdistill.config import build, call, compose, override
@@ -41,7 +41,7 @@ _FREE = {"cpu_seconds": 0.0}
 # What the comparison itself decides: an override of these would be replaced in silence.
 OWN = (
     "run_dir", "resume", "dry_run", "command", "experiment", "distiller", "data", "stages",
-    "trainer.steps", "trainer.seed", "trainer.checkpoint_every", "evaluation.teacher",
+    "trainer.steps", "trainer.seed", "trainer.checkpoint_every", "trainer.cpu_seconds", "evaluation.teacher",
 )  # fmt: skip
 
 
@@ -114,7 +114,8 @@ def _changed(data: DictConfig, data_name: str) -> list[str]:
 def _common(changed: Sequence[str], seed: int, overrides: Sequence[str], limits: Budget) -> tuple[str, ...]:
     """Overrides of train that every method gets. The teacher is measured once, not by every run."""
     batch = () if limits.batch_size is None else (f"trainer.batch_size={limits.batch_size}",)
-    return (*changed, *overrides, *batch, f"trainer.seed={seed}", "evaluation.teacher=none")
+    seconds = () if limits.seconds is None else (f"trainer.cpu_seconds={limits.seconds}",)
+    return (*changed, *overrides, *batch, *seconds, f"trainer.seed={seed}", "evaluation.teacher=none")
 
 
 def _settings(folder: Path, name: str, words: Sequence[str], steps: int | None) -> DictConfig:
@@ -203,14 +204,17 @@ def _row(entry: Entry, plan: Plan, console: Console) -> Row:
 
 def _read(entry: Entry, run: RunFolder) -> Row:
     summary = read_json(run.path / "summary.json", "out")
+    steps, updates = summary["iterations"], entry.updates
+    if steps < entry.steps:  # by the limit on seconds
+        updates = student_updates(assemble(run.read_config("out"), "meta").distiller, steps)
     return Row(
         entry.name,
         figures=summary["student"],
         protocol=summary.get("protocol", {}),
         cpu_seconds=summary["cpu_seconds"] + sum(summary.get(key, _FREE)["cpu_seconds"] for key in MADE.values()),
         peak_bytes=summary["peak_memory_bytes"],
-        updates=entry.updates,
-        steps=entry.steps,
+        updates=updates,
+        steps=steps,
     )
 
 

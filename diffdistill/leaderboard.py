@@ -48,8 +48,8 @@ def page(plan: Mapping[str, Any], table: str) -> str:
             "```",
             "",
             "`iterations` are updates of the student; `cpu_seconds` those of its training process, pairs included. A"
-            " budget of seconds becomes a number of steps before a method begins, by the price of a few; what the"
-            " machine then took, with other work beside, may differ.",
+            " budget of seconds becomes a number of steps before a method begins, by the price of a few; where steps"
+            " are dearer in the end, training stops at the limit.",
             "",
             *(f"Machine: {text}." for text in machines(plan)),
             "",

@@ -53,6 +53,7 @@ class Run:
         Raises Stopped after SIGTERM or Ctrl-C, with everything saved.
         """
         state = self.trainer.start(self.recipe.distiller, self.recipe.networks)
+        state.made_cpu_seconds = sum(made["cpu_seconds"] for made in self.made.values())
         if start is not None:
             state.load(start)
             self.console.print(f"going on after step {state.step} of {self.trainer.steps}")
@@ -65,7 +66,7 @@ class Run:
                     return self._conclude(state)
             except StopRequested:
                 assert signal.signal is not None
-                left = "training" if state.step < self.trainer.steps else "evaluation and export"
+                left = "evaluation and export" if self.trainer.ended(state) else "training"
                 self.console.print(
                     f"stopped by {signal.signal.name} after step {state.step}, saved; {left} goes on with "
                     f"resume=true run_dir={self.folder.path}",
@@ -94,7 +95,7 @@ class Run:
 
             progress = Progress(log, lambda step: self._save(state), evaluate, lambda: signal.requested)
             every = self.evaluation.every if self.evaluation else 0
-            owed = every and 0 < state.step < self.trainer.steps and state.step % every == 0
+            owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
             if owed and not self.folder.was_evaluated(state.step):  # a signal had cut it short
                 evaluate(state.step)
             self.trainer.fit(state, recipe.data, recipe.needs, accelerator, progress, every)
@@ -171,6 +172,8 @@ class Run:
         columns = [(name, summary[name]) for name in ("teacher", "student") if summary[name]]
         if columns:
             self.console.print(harness.table(columns))
+        if (done := summary["iterations"]) < self.trainer.steps:
+            self.console.print(f"ended by trainer.cpu_seconds after {done} of {self.trainer.steps} steps")
         self.console.print(
             f"trained {summary['iterations']} steps in {summary['wall_seconds']} s; "
             f"peak live tensors {summary['peak_memory_bytes'] / 2**20:.1f} MiB"

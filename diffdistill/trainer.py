@@ -90,7 +90,8 @@ class Trainer:
     """steps: optimizer steps of the method's clock.  batch_size: samples per micro-batch and process.  accumulate:
     micro-batches per step.  optimizer, lr, clip: by role name, `default` for the others; clip is the largest gradient
     norm, null is none.  ema: role -> rate of its evaluation average.  log_every, checkpoint_every: in steps, 0 is only
-    at the end.  keep: newest checkpoints that stay, beside the best evaluated one.
+    at the end.  keep: newest checkpoints that stay, beside the best evaluated one.  cpu_seconds: training ends before
+    the step that could pass this many, with those of what the teacher made; None is no limit.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Trainer:
         lr: Mapping[str, Schedule],
         clip: Mapping[str, float | None],
         ema: Mapping[str, Rate],
+        cpu_seconds: float | None = None,
     ) -> None:
         for key, value, least in (
             ("steps", steps, 1),
@@ -120,6 +122,9 @@ class Trainer:
         for role, limit in clip.items():
             if limit is not None and not 0 < limit < float("inf"):
                 raise UserError(f"clip.{role}", "must be > 0, or null for none", limit, "The paper uses 10.")
+        if cpu_seconds is not None and not 0 < cpu_seconds < float("inf"):
+            raise UserError("cpu_seconds", "must be > 0, or null for no limit", cpu_seconds, "Raise it.")
+        self.cpu_seconds = cpu_seconds
         self.steps, self.batch_size, self.accumulate, self.seed = steps, batch_size, accumulate, seed
         self.log_every, self.checkpoint_every, self.keep = log_every, checkpoint_every, keep
         self.optimizer, self.lr, self.clip, self.ema = optimizer, lr, clip, ema
@@ -142,7 +147,7 @@ class Trainer:
         evaluate_every: in steps, 0 is never.
         """
         measured = self._measured(state.distiller)
-        while state.step < self.steps:
+        while not self.ended(state):
             started, cpu_started = time.perf_counter(), time.process_time()
             counter = PeakBytes(self._live(state)) if state.step == measured else nullcontext()
             figures = self._run(state, data, needs, accelerator, counter)
@@ -150,20 +155,28 @@ class Trainer:
                 state.peak_bytes = counter.peak
             seconds = time.perf_counter() - started
             state.seconds += seconds
-            state.cpu_seconds += time.process_time() - cpu_started
+            cpu_seconds = time.process_time() - cpu_started
+            state.cpu_seconds += cpu_seconds
+            state.dearest = max(state.dearest, cpu_seconds)
             state.step += 1
+            ended = self.ended(state)
             if state.step % self.log_every == 0:
                 progress.log(state.step, {**figures, "time/step_seconds": seconds})
-            evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and state.step < self.steps
+            evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and not ended
             if evaluated:
                 progress.evaluate(state.step)
             stopping = progress.stop()
             due = bool(self.checkpoint_every) and state.step % self.checkpoint_every == 0
-            if state.step == self.steps or due or evaluated or stopping:
+            if ended or due or evaluated or stopping:
                 progress.save(state.step)
             if stopping:
                 break
         state.networks.train_only(())
+
+    def ended(self, state: TrainingState) -> bool:
+        """Whether no step is left: all are done, or one as dear as the dearest so far may pass `cpu_seconds`."""
+        limit = float("inf") if self.cpu_seconds is None else self.cpu_seconds
+        return state.step >= self.steps or (state.step > 0 and state.next_cpu_seconds > limit)
 
     def _run(
         self,

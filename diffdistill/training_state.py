@@ -19,7 +19,8 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 @dataclass
 class TrainingState:
-    """step: steps done.  seconds, cpu_seconds: of training alone.  peak_bytes: of live tensors in one full
+    """step: steps done.  seconds, cpu_seconds: of training alone.  dearest: CPU seconds of its dearest step.
+    made_cpu_seconds: of what the teacher made before it.  peak_bytes: of live tensors in one full
     step, 0 before that.
 
     snapshots: name -> weights, of Transitions.  Data and noise need nothing: their draws are keyed by seed and step.
@@ -31,8 +32,15 @@ class TrainingState:
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+    dearest: float = 0.0
+    made_cpu_seconds: float = 0.0
     peak_bytes: int = 0
     snapshots: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def next_cpu_seconds(self) -> float:
+        """What the process may have spent after one more step."""
+        return self.made_cpu_seconds + self.cpu_seconds + self.dearest
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """By file name: weights of every role, averages, optimizer states, snapshots, the method's own."""
@@ -58,6 +66,7 @@ class TrainingState:
         return {
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
+            "dearest": self.dearest,
             "peak_bytes": self.peak_bytes,
             "networks": self.networks.counters(),
             "optimizers": {role: self._settings(role) for role in self.optimizers},
@@ -106,6 +115,7 @@ class TrainingState:
         has_tensors = (checkpoint.path / "method.safetensors").is_file()
         self.distiller.load_state_dict(joined(values["method"], checkpoint.tensors("method") if has_tensors else {}))
         self.step, self.seconds, self.peak_bytes = checkpoint.step, values["seconds"], values["peak_bytes"]
+        self.dearest = values.get("dearest", 0.0)
         self.cpu_seconds = values.get("cpu_seconds", 0.0)  # older checkpoints did not count them
 
     def _load_optimizer(self, role: str, checkpoint: Checkpoint) -> None:

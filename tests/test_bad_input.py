@@ -61,6 +61,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "log_every": COUNT,
     "checkpoint_every": FROM_ZERO,
     "keep": FROM_ZERO,
+    "cpu_seconds": POSITIVE,
     "warmup": FROM_ZERO,
     "final": SHARE,
     "clip.default": POSITIVE,

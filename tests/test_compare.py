@@ -59,11 +59,22 @@ def test_seconds_buy_steps_at_their_measured_price(monkeypatch: pytest.MonkeyPat
     import diffdistill.compare_budget as budget
 
     monkeypatch.setattr(budget, "_prices", lambda settings: (0.5, 10.0))
-    assert Budget(None, 60.0, None).steps(settings("sid")) == (94, 94)  # .94 (60 - 10) / .5
+    assert Budget(None, 60.0, None).steps(settings("sid")) == (95, 95)  # .95 (60 - 10) / .5
     assert Budget(20, 60.0, None).steps(settings("sid")) == (20, 20)
-    assert Budget(None, 60.0, None).steps(settings("dmd2")) == (94, 19)
+    assert Budget(None, 60.0, None).steps(settings("dmd2")) == (95, 19)
     with pytest.raises(UserError, match=r"budget\.seconds.*one step"):
         Budget(None, 10.2, None).steps(settings("sid"))
+
+
+def test_a_method_dearer_than_its_price_ends_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import diffdistill.compare_budget as budget
+
+    monkeypatch.setattr(budget, "_prices", lambda settings: (1e-6, 0.0))
+    assert run(tmp_path, "data=gmm2d", "distillers=[dmd2]", "budget.seconds=2", FAST) == 0
+    row = table(tmp_path)["dmd2"]
+    assert 0.5 < float(row["cpu_seconds"]) <= 2
+    assert int(row["steps"]) == json.loads((tmp_path / "dmd2" / "summary.json").read_text())["iterations"]
+    assert int(row["iterations"]) == -(-int(row["steps"]) // 5)  # DMD2's student takes every fifth step
 
 
 def test_a_price_is_positive_and_counts_the_making_of_pairs() -> None:

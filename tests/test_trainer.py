@@ -94,6 +94,20 @@ def test_logging_saving_and_evaluating_come_when_due() -> None:
     assert {"critic/denoising", "grad_norm/fake_score", "lr/student", "time/step_seconds"} <= figures.keys()
 
 
+def test_training_ends_before_the_step_that_could_pass_its_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 2))  # a step takes 2 s
+    monkeypatch.setattr("diffdistill.trainer.time.process_time", lambda: next(clock))
+    trainer = trainer_of("trainer.steps=50", "trainer.cpu_seconds=11", "trainer.checkpoint_every=2")
+    state, seen = fit(trainer, gauss_recipe("dmd2"), every=5)
+    assert (state.step, state.cpu_seconds) == (5, 10)
+    assert [v for w, v in seen if w == "save"] == [2, 4, 5] and not [v for w, v in seen if w == "evaluate"]
+    assert trainer.ended(state)
+    state.made_cpu_seconds, state.step, state.cpu_seconds = 4.0, 2, 4.0
+    assert not trainer.ended(state)
+    state.made_cpu_seconds = 5.5
+    assert trainer.ended(state)
+
+
 def test_peak_bytes_are_measured_on_one_step() -> None:
     outcome, _ = fit(trainer_of("trainer.steps=12", "trainer.batch_size=64"), gauss_recipe("dmd2"))
     assert 64 * 6 * 8 < outcome.peak_bytes < 2**20
