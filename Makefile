@@ -10,13 +10,14 @@ PIP_FLAGS ?=
 export ARGS PIP_FLAGS PYTHON310 PYTHON312 PYTHON313 ALLOW_MISSING
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure leaderboard leaderboard-page test test-slow chaos fuzz versions lint assets clean
+.PHONY: help install quickstart figure leaderboard regression test test-slow chaos fuzz versions lint assets clean
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
 	@echo "make figure       the README's picture, from runs/quickstart"
 	@echo "make leaderboard  eleven methods on the digits, one budget, in two hours on one core: runs/leaderboard"
-	@echo "                  then make leaderboard-page: docs/leaderboard.md, .csv and .png"
+	@echo "make regression   ten methods that regress on targets, in an hour and a half: runs/regression"
+	@echo "                  then make leaderboard-page or regression-page: docs/NAME.md, .csv and .png"
 	@echo "make test         the tests; make test-slow: the long ones"
 	@echo "make chaos        a hundred SIGKILLs at one run, half of them inside saves; make fuzz: 10,200 random command lines"
 	@echo "make versions     the tests on the oldest libraries, Python 3.12 and 3.13; one: version-oldest"
@@ -51,8 +52,13 @@ leaderboard: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/diffdistill compare data=digits 'distillers=[$(METHODS)]' budget.iterations=2000 \
 		budget.seconds=600 budget.batch_size=64 out=runs/leaderboard $(ARGS)
 
-leaderboard-page: $(STAMP)
-	$(BIN)/python -m diffdistill.leaderboard runs/leaderboard docs
+regression: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/diffdistill compare data=digits \
+		'distillers=[kd,scm,sct,tbcm,mean_flow,boot,progressive,lcm,agd,guidance_distillation]' \
+		budget.seconds=600 out=runs/regression $(ARGS)
+
+%-page: $(STAMP)
+	$(BIN)/python -m diffdistill.leaderboard runs/$* docs
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)

@@ -127,21 +127,22 @@ def _settings(folder: Path, name: str, words: Sequence[str], steps: int | None) 
 def _names(data: str, given: Sequence[str] | None, common: Sequence[str]) -> list[str]:
     known = config_files.groups()["distiller"]
     if given is None:
-        return [name for name in known if _makes_generator(data, name, common)]
+        return [name for name in known if _saves_evaluations(data, name, common)]
     if not given:
         raise UserError("distillers", "must name a method", "[]", "Leave it out for all.")
     for name in given:
         if name not in known:
             raise UserError("distillers", "must name options of the group distiller", repr(name),
                             did_you_mean(name, known))  # fmt: skip
-        if not _makes_generator(data, name, common):
-            fix = "Leave it out."
-            raise UserError("distillers", "must make one- or few-step generators", repr(name), fix)
+        if not _saves_evaluations(data, name, common):
+            fix = "Leave it out, or set guidance, num_steps or sampler in overrides."
+            raise UserError("distillers", "must sample with fewer evaluations than the teacher", repr(name), fix)
     return list(dict.fromkeys(given))
 
 
-def _makes_generator(data: str, name: str, common: Sequence[str]) -> bool:
-    return isinstance(_recipe(data, name, common).distiller.generator, Generator)
+def _saves_evaluations(data: str, name: str, common: Sequence[str]) -> bool:
+    recipe = _recipe(data, name, common)
+    return recipe.distiller.generator.nfe < recipe.sampler.nfe
 
 
 def _recipe(data: str, name: str, common: Sequence[str]) -> Recipe:

@@ -1,4 +1,4 @@
-"""The committed leaderboard, from the folder of a comparison: docs/leaderboard.csv, .md, .png and the samples.
+"""A committed page from the folder of a comparison, by its name: docs/leaderboard.csv, .md, .png and the samples.
 
 `python -m diffdistill.leaderboard runs/leaderboard docs`
 """
@@ -16,32 +16,28 @@ from typing import Any
 from diffdistill.config import override
 from diffdistill.run_folder import read_json
 
-COPIED = {
-    "table.csv": "leaderboard.csv",
-    "distance_against_cost.png": "leaderboard.png",
-    "samples.png": "leaderboard_samples.png",
-}
+COPIED = {"table.csv": ".csv", "distance_against_cost.png": ".png", "samples.png": "_samples.png"}
 
 
 def write(comparison: str, docs: str) -> None:
-    """Copy table and pictures of a finished comparison into `docs`, and write leaderboard.md around its table.
+    """Copy table and pictures of a finished comparison into `docs`, and write a page around its table, all under the name of its folder.
 
     Raises UserError if the folder holds no comparison.
     """
-    source, target = Path(comparison), Path(docs)
+    source, target = Path(comparison).resolve(), Path(docs)
     plan = read_json(source / "compare.json", "comparison")
     read_json(source / "table.json", "comparison")  # written last: no copy of half a table
     target.mkdir(parents=True, exist_ok=True)
-    for name, copy in COPIED.items():
-        shutil.copyfile(source / name, target / copy)
-    (target / "leaderboard.md").write_text(page(plan, (source / "table.md").read_text()))
+    for file, end in COPIED.items():
+        shutil.copyfile(source / file, target / f"{source.name}{end}")
+    (target / f"{source.name}.md").write_text(page(source.name, plan, (source / "table.md").read_text()))
 
 
-def page(plan: Mapping[str, Any], table: str) -> str:
+def page(name: str, plan: Mapping[str, Any], table: str) -> str:
     """A Markdown page: the command, the machines it ran on, the table, the pictures. plan: of compare.json."""
     return "\n".join(
         [
-            f"# Leaderboard: {plan['data']}",
+            f"# {name.replace('_', ' ').capitalize()}: {plan['data']}",
             "",
             "```bash",
             command(plan),
@@ -55,9 +51,9 @@ def page(plan: Mapping[str, Any], table: str) -> str:
             "",
             table.strip(),
             "",
-            f"![distance against cost]({COPIED['distance_against_cost.png']})",
+            f"![distance against cost]({name}{COPIED['distance_against_cost.png']})",
             "",
-            f"![samples from the same noise]({COPIED['samples.png']})",
+            f"![samples from the same noise]({name}{COPIED['samples.png']})",
             "",
         ]
     )

@@ -196,7 +196,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(two: Path, words:
         (["data=gmm2d", "distillers=[sid]"], "budget"),
         ([*WORDS, "distillers=[]"], "distillers must name a method"),
         ([*WORDS, "distillers=[sidd]"], r"distillers must name options.*sid"),
-        ([*WORDS, "distillers=[denoising]"], "one- or few-step generators"),
+        ([*WORDS, "distillers=[denoising]"], "fewer evaluations than the teacher"),
         (["data=gmm2d", "budget.iterations=3", "distillers=[sid]", "overrides=['trainer.steps=9']"], "overrides must"),
         ([*WORDS, "budget.batch_size=4", "distillers=[sid]"], "overrides must leave .* 'trainer.batch_size=8'"),
         (["data=gmm2d", "budget.iterations=3", "distillers=[sid]", "overrides=['data.std=1']"], "overrides must leave"),
@@ -268,13 +268,13 @@ def test_processes_that_share_a_folder_lose_no_decision_of_each_other(tmp_path: 
 
 def test_the_leaderboard_page_has_the_command_the_machine_and_the_table(two: Path, tmp_path: Path) -> None:
     leaderboard.write(str(two), str(tmp_path / "docs"))
-    page = (tmp_path / "docs" / "leaderboard.md").read_text()
+    page = (tmp_path / "docs" / "two.md").read_text()
     line = next(line for line in page.splitlines() if line.startswith("diffdistill compare"))
     assert shlex.split(line)[2:] == [
         "data=gmm2d", "distillers=[sid,dmd2]", "budget.iterations=3", "seed=0", FAST
     ]  # fmt: skip
     assert (two / "table.md").read_text().strip() in page and "torch" in page
-    assert (tmp_path / "docs" / "leaderboard.csv").read_text() == (two / "table.csv").read_text()
+    assert (tmp_path / "docs" / "two.csv").read_text() == (two / "table.csv").read_text()
     with pytest.raises(UserError, match="comparison must hold"):
         leaderboard.write(str(tmp_path), str(tmp_path / "docs"))
 

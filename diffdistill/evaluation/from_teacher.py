@@ -1,0 +1,54 @@
+"""How far a student's samples are from its teacher's own, against how far two sets of the teacher's are from each other.
+
+For students of a guided teacher, whose target is not the data. `python -m diffdistill.evaluation.from_teacher RUN`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+
+from diffdistill.evaluation.frechet import Moments, frechet_distance, moments
+from diffdistill.evaluation.harness import draw
+from diffdistill.recipe import Recipe
+from diffdistill.saved_run import load_run
+from diffdistill.solvers import Sampler
+
+
+@dataclass(frozen=True)
+class FromTeacher:
+    """Frechet distances of pixels. student: to sets of the teacher's samples, mean.  floor: between pairs of the
+    teacher's sets, mean.  gap: student - floor, what training left.
+    """
+
+    student: float
+    floor: float
+    gap: float
+    nfe: int
+    teacher_nfe: int
+    pairs: int
+    num_samples: int
+
+
+def from_teacher(recipe: Recipe, pairs: int = 3, num_samples: int = 10_000, batch_size: int = 500) -> FromTeacher:
+    """Compare the recipe's student with its (guided) teacher's sampler, on sets that share no noise.
+
+    pairs: of independent sets of the teacher's, each of num_samples.
+    """
+
+    def drawn(sampler: Sampler, seed: int) -> Moments:
+        networks = recipe.networks
+        samples, _ = draw(sampler, recipe.data, num_samples, seed, batch_size, networks.device, networks.dtype)
+        return moments(samples)
+
+    generator, teacher = recipe.distiller.generator, recipe.sampler
+    ours = drawn(generator, 0)
+    sets = [(drawn(teacher, 2 * pair + 1), drawn(teacher, 2 * pair + 2)) for pair in range(pairs)]
+    floor = sum(frechet_distance(a, b) for a, b in sets) / pairs
+    student = sum(frechet_distance(ours, a) for a, _ in sets) / pairs
+    return FromTeacher(student, floor, student - floor, generator.nfe, teacher.nfe, pairs, num_samples)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(from_teacher(load_run(sys.argv[1])[0]))))
