@@ -1,4 +1,4 @@
-"""How far a student's samples are from its teacher's own, against how far two sets of the teacher's are from each other.
+"""How far a student's samples are from its teacher's, against how far two sets of the teacher's are from each other.
 
 For students of a guided teacher, whose target is not the data. `python -m diffdistill.evaluation.from_teacher RUN`
 """
