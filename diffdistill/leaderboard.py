@@ -20,7 +20,7 @@ COPIED = {"table.csv": ".csv", "distance_against_cost.png": ".png", "samples.png
 
 
 def write(comparison: str, docs: str) -> None:
-    """Copy table and pictures of a finished comparison into `docs` and write a page around its table, all under the name
+    """Copy table and pictures of a finished comparison into `docs` and write a page around its table, under the name
     of its folder.
 
     Raises UserError if the folder holds no comparison.
