@@ -52,6 +52,7 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
     needs, roles = _asked(part)
     scale, interval = _guidance(settings["guidance"])
     has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
+    has |= {"condition"} if data.num_classes else set()
     # made by the teacher's sampler before the first step
     has |= {need for need, key in MADE.items() if settings.get(key) is not None}
     if missing := sorted(needs - has):

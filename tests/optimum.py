@@ -78,6 +78,7 @@ def plain(words: list[str]) -> list[str]:
         "warmup": 0,
         "points": 4,
         "adaptive": "false",
+        "mismatched": "false",
         "null_share": 0,
         "gan_weight": 0,
         "critic_gan_weight": 0,

@@ -17,7 +17,7 @@ from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
 from diffdistill.solvers import Sampler
 
-NEEDS = frozenset({"x0", "pair", "trajectory", "null", "codec", "jvp"})
+NEEDS = frozenset({"x0", "pair", "trajectory", "condition", "null", "codec", "jvp"})
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,11 @@ Paper: Sauer et al. 2024, Fast High-Resolution Image Synthesis with Latent Adver
 arXiv:2403.12015; the form here is SANA-Sprint's (arXiv:2503.09641), where it stands beside sCM (`scm_ladd`).
 
     L_student = E -l(x_s),   x_s = f(x_t, t) noised to s
-    L_critic  = E max(0, 1 - l(real_s)) + max(0, 1 + l(x_s))
+    L_critic  = E max(0, 1 - l(real_s)) + max(0, 1 + l(x_s)) + max(0, 1 + l(real_s, c'))
 
 f: the student's map to t_min.  (x_t, t): noised data, t = t_max for a share of the samples, which is what one step
-sees.  l: logit of heads on blocks of the teacher, which stays as it is.  SANA-Sprint's mismatched pairs of image and
-prompt, a second kind of fakes, are not here.  The student steps first, the critic on its samples.
+sees.  l: logit of heads on blocks of the teacher, which stays as it is.  c': the condition of another sample, where
+it is another one; the last term is SANA-Sprint's and optional.  The student steps first, the critic on its samples.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu
 
-from diffdistill.denoiser import FlowMap
+from diffdistill.denoiser import Cond, FlowMap
 from diffdistill.distillers.adversarial.heads import logit
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
+from diffdistill.distillers.guidance.scales import UniformScale
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator, Renoise
 from diffdistill.networks.roles import Networks, Role
@@ -32,7 +33,9 @@ from diffdistill.times import TimeLaw
 
 class LADD(Distiller):
     """times, renoise: of the student's sampler.  law: of t.  at_start: share of samples at t_max.  gan_law: of s.
-    layers: blocks of the teacher that heads read, empty is the middle one.
+    layers: blocks of the teacher that heads read, empty is the middle one.  mismatched: whether data under the
+    condition of the next sample of the micro-batch are fakes too.  scales: law of w where the student takes it as an
+    input, None where it does not.  scale: w of the samples.
     """
 
     def __init__(
@@ -44,21 +47,37 @@ class LADD(Distiller):
         at_start: float,
         gan_law: TimeLaw,
         layers: Sequence[int],
+        mismatched: bool,
+        scales: UniformScale | None,
+        scale: float,
     ) -> None:
         self.networks, self.times, self.renoise = networks, student_times(networks, times), renoise
-        self.law, self.at_start, self.gan_law = law, at_start, gan_law
+        self.law, self.at_start, self.gan_law, self.mismatched = law, at_start, gan_law, mismatched
+        self.scales, self.scale = scales, scale
         networks["student"].process.check_times("distiller.times", self.times)
 
     @classmethod
-    def needs(cls, at_start: float = 0.0, **hyperparameters: Any) -> frozenset[str]:
+    def needs(
+        cls,
+        at_start: float = 0.0,
+        mismatched: bool = False,
+        scales: UniformScale | None = None,
+        scale: float = 1.0,
+        **hyperparameters: Any,
+    ) -> frozenset[str]:
+        if scales is not None:
+            scales.check("scale", scale)
         if not 0 <= at_start <= 1:
             raise UserError("at_start", "must lie in [0, 1]", at_start, "SANA-Sprint uses 0.5.")
-        return frozenset({"x0"})
+        return frozenset({"x0", "condition"}) if mismatched else frozenset({"x0"})
 
     @classmethod
-    def roles(cls, layers: Sequence[int] = (), **hyperparameters: Any) -> Mapping[str, Role]:
+    def roles(
+        cls, layers: Sequence[int] = (), scales: UniformScale | None = None, **hyperparameters: Any
+    ) -> Mapping[str, Role]:
         heads = Role(init=None, build="heads", reads="target", layers=tuple(layers))
-        return {"target": Role(trainable=False), "student": Role(), "discriminator": heads}
+        student = Role(inputs=() if scales is None else ("w",))
+        return {"target": Role(trainable=False), "student": student, "discriminator": heads}
 
     def phases(self, step: int) -> Sequence[Phase]:
         student = Phase("student", ("student",), self.student_loss)
@@ -66,12 +85,13 @@ class LADD(Distiller):
 
     @property
     def generator(self) -> Generator:
-        return Generator(FlowMap(self.networks["student"], "consistency"), self.times, self.renoise)
+        student = self.networks["student"] if self.scales is None else self.networks["student"].given(w=self.scale)
+        return Generator(FlowMap(student, "consistency"), self.times, self.renoise)
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         rng = rng.fork("LADD")
         x0 = batch.memo["x0"] = self._samples(batch, rng)
-        return Loss({"gan": -self._logit(x0, batch, rng).mean()})
+        return Loss({"gan": -self._logit(x0, batch.cond, rng).mean()})
 
     def critic_loss(self, batch: Batch, rng: Rng) -> Loss:
         assert batch.x0 is not None
@@ -79,9 +99,15 @@ class LADD(Distiller):
         if "x0" not in batch.memo:  # the student does not step
             with torch.no_grad():
                 batch.memo["x0"] = self._samples(batch, rng)
-        fake, real = self._logit(batch.memo["x0"].detach(), batch, rng), self._logit(batch.x0, batch, rng)
-        loss = relu(1 - real) + relu(1 + fake)
-        return Loss({"hinge": loss.mean()}, {"logit_gap": (real - fake).mean().detach()})
+        fake = self._logit(batch.memo["x0"].detach(), batch.cond, rng)
+        real = self._logit(batch.x0, batch.cond, rng)
+        terms = {"hinge": (relu(1 - real) + relu(1 + fake)).mean()}
+        if self.mismatched:
+            others = {key: value.roll(1, 0) for key, value in batch.cond.items()}
+            changes = [(batch.cond[key] != other).reshape(len(other), -1).any(1) for key, other in others.items()]
+            differ = torch.stack(changes).any(0)
+            terms["mismatched"] = (relu(1 + self._logit(batch.x0, others, rng)) * differ).mean()
+        return Loss(terms, {"logit_gap": (real - fake).mean().detach()})
 
     def _samples(self, batch: Batch, rng: Rng) -> Tensor:
         """f(x_t, t) of noised data, with gradient, [B, *shape]."""
@@ -92,11 +118,12 @@ class LADD(Distiller):
         first = rng.uniform((len(rng),), dtype) < self.at_start
         t = torch.where(first, torch.full_like(t, process.t_max), t)
         x_t = process.add_noise(x0, rng.normal(batch.shape, x0.dtype), t)
-        return FlowMap(self.networks["student"], "consistency").x0(x_t, t, batch.cond)
+        cond = batch.cond if self.scales is None else {**batch.cond, "w": self.scales(rng.fork("scale"), dtype)}
+        return FlowMap(self.networks["student"], "consistency").x0(x_t, t, cond)
 
-    def _logit(self, x0: Tensor, batch: Batch, rng: Rng) -> Tensor:
+    def _logit(self, x0: Tensor, cond: Cond, rng: Rng) -> Tensor:
         """Logit [B] of x0 noised to a fresh time."""
         view = self.networks["target"]
         s = self.gan_law(rng, view.process, torch.promote_types(x0.dtype, torch.float32))
         x_s = view.process.add_noise(x0, rng.normal(tuple(x0.shape), x0.dtype), s)
-        return logit(self.networks["discriminator"], view, x_s, s, batch.cond)
+        return logit(self.networks["discriminator"], view, x_s, s, cond)

@@ -7,8 +7,9 @@ Headline: CIFAR-10 FID 3.66 (two steps 2.52), ImageNet-64 2.44 (1.66).
     g = n(cos t df/dt) = n(-cos^2 t (sd F - dx/dt) - r cos t sin t (x_t + sd dF/dt)),   n(g) = g / (|g| + c)
 
 in TrigFlow, x_t = cos t x0 + sin t sd eps, whatever process the teacher has.  dx/dt: the (guided) teacher's velocity,
-or that of the data pair, which needs no teacher (sCT).  dF/dt: along it, by forward mode or differences.  r: rises
-from 0 to 1.  u: a learned function of time.  The weight 1 / (sd tan t) of the paper's equation 6 is inside g.
+with a scale that the student may take as an input, or that of the data pair, which needs no teacher (sCT).  dF/dt:
+along it, by forward mode or differences.  r: rises from 0 to 1.  u: a learned function of time.  The weight
+1 / (sd tan t) of the paper's equation 6 is inside g.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 from diffdistill.autodiff import Tangent
 from diffdistill.denoiser import Cond, Denoiser, FlowMap
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
+from diffdistill.distillers.guidance.scales import UniformScale, guided_by
 from diffdistill.errors import UserError, require_at_least, require_positive
 from diffdistill.generator import Generator, Renoise
 from diffdistill.losses import sample_mean
@@ -64,7 +66,8 @@ class ContinuousConsistency(Distiller):
 
     times: the student's grid in the teacher's process, None is one step from t_max.  few_steps: grid for another
     number of steps.  sigma_data: sd.  tangent: how dF/dt is taken.  normalise: c, None leaves g as it is.  warmup:
-    steps in which r rises.  adaptive: whether u is learned, else 0.
+    steps in which r rises.  adaptive: whether u is learned, else 0.  scales: law of w, which the student then takes as
+    an input, None takes the teacher as it is.  scale: w of the samples.
     """
 
     def __init__(
@@ -78,10 +81,13 @@ class ContinuousConsistency(Distiller):
         normalise: float | None,
         warmup: int,
         adaptive: bool,
+        scales: UniformScale | None,
+        scale: float,
     ) -> None:
         self.networks, self.times = networks, student_times(networks, times)
         self.renoise, self.few_steps, self.sigma_data = renoise, few_steps, sigma_data
         self.tangent, self.normalise, self.warmup, self.adaptive = tangent, normalise, warmup, adaptive
+        self.scales, self.scale = scales, scale
         networks["student"].process.check_times("distiller.times", self.times)
 
     @classmethod
@@ -90,17 +96,24 @@ class ContinuousConsistency(Distiller):
         sigma_data: float = 0.5,
         normalise: float | None = None,
         warmup: int = 0,
+        scales: UniformScale | None = None,
+        scale: float = 1.0,
         **hyperparameters: Any,
     ) -> frozenset[str]:
         require_positive(sigma_data=sigma_data)
         require_at_least(0, warmup=warmup)
         if normalise is not None:
             require_positive(normalise=normalise)
-        return frozenset({"jvp"})
+        if scales is None:
+            return frozenset({"jvp"})
+        scales.check("scale", scale)
+        return frozenset({"jvp", "null"})
 
     @classmethod
-    def roles(cls, adaptive: bool = False, **hyperparameters: Any) -> Mapping[str, Role]:
-        roles = {"student": Role(), "target": Role(trainable=False)}
+    def roles(
+        cls, adaptive: bool = False, scales: UniformScale | None = None, **hyperparameters: Any
+    ) -> Mapping[str, Role]:
+        roles = {"student": Role(inputs=() if scales is None else ("w",)), "target": Role(trainable=False)}
         if adaptive:
             roles["weight"] = Role(init=None, build="scalar")
         return roles
@@ -111,8 +124,8 @@ class ContinuousConsistency(Distiller):
 
     @property
     def generator(self) -> Generator:
-        student = FlowMap(self.networks["student"], "consistency")
-        return Generator(student, self.times, self.renoise, few_steps=self.few_steps)
+        student = self.networks["student"] if self.scales is None else self.networks["student"].given(w=self.scale)
+        return Generator(FlowMap(student, "consistency"), self.times, self.renoise, few_steps=self.few_steps)
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         rng = rng.fork(type(self).__name__)
@@ -145,10 +158,13 @@ class ContinuousConsistency(Distiller):
         """The student under TrigFlow."""
         return self.networks["student"].under(Trig(sigma_data=self.sigma_data))
 
-    @property
-    def target(self) -> Denoiser:
-        """The teacher under TrigFlow, guided if asked."""
-        return self.networks["target"].under(Trig(sigma_data=self.sigma_data))
+    def teacher(self, batch: Batch, rng: Rng) -> tuple[Denoiser, Cond]:
+        """The teacher under TrigFlow, guided if asked, and what the student is to be called with."""
+        trig = Trig(sigma_data=self.sigma_data)
+        if self.scales is None:
+            return self.networks["target"].under(trig), batch.cond
+        w = self.scales(rng.fork("scale"), torch.promote_types(self.networks.dtype, torch.float32))
+        return guided_by(self.networks, "target", w).under(trig), {**batch.cond, "w": w}
 
 
 class SCM(ContinuousConsistency):
@@ -167,15 +183,26 @@ class SCM(ContinuousConsistency):
         normalise: float | None,
         warmup: int,
         adaptive: bool,
+        scales: UniformScale | None,
+        scale: float,
     ) -> None:
-        super().__init__(networks, times, renoise, few_steps, sigma_data, tangent, normalise, warmup, adaptive)
+        super().__init__(
+            networks, times, renoise, few_steps, sigma_data, tangent, normalise, warmup, adaptive, scales, scale
+        )
         self.law, self.velocity = law, velocity
 
     @classmethod
-    def needs(cls, *args: Any, velocity: str = "teacher", **hyperparameters: Any) -> frozenset[str]:
+    def needs(
+        cls,
+        velocity: str = "teacher",
+        scales: UniformScale | None = None,
+        **hyperparameters: Any,
+    ) -> frozenset[str]:
         if velocity not in ("teacher", "data"):
             raise UserError("velocity", "must be teacher or data", velocity, "data is consistency training, sCT.")
-        return super().needs(*args, **hyperparameters) | {"x0"}
+        if velocity == "data" and scales is not None:
+            raise UserError("scales", "must be null with velocity=data", scales, "Data pairs have no scale.")
+        return super().needs(scales=scales, **hyperparameters) | {"x0"}
 
     @classmethod
     def roles(cls, *args: Any, velocity: str = "teacher", **hyperparameters: Any) -> Mapping[str, Role]:
@@ -189,8 +216,9 @@ class SCM(ContinuousConsistency):
         eps = rng.normal(batch.shape, x0.dtype)
         x_t = process.add_noise(x0, eps, t)
         if self.velocity == "teacher":
+            teacher, cond = self.teacher(batch, rng)
             with torch.no_grad():
-                return x_t, t, self.target.predict(x_t, t, batch.cond, VELOCITY), batch.cond
+                return x_t, t, teacher.predict(x_t, t, batch.cond, VELOCITY), cond
         alpha_rate, sigma_rate = (expand(rate, x0) for rate in process.rates(t))
         return x_t, t, alpha_rate * x0 + sigma_rate * eps, batch.cond
 

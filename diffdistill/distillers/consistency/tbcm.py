@@ -5,7 +5,8 @@ arXiv:2511.20410.
 Headline: MJHQ-30k FID 6.52 in one step (SANA 0.6 B).
 
 The loss is sCM's.  Its states: from noise at t_max, t_0 = t_max > t_1 > ..., each t_i uniform between its neighbours of
-a reference grid, the (guided) teacher's first-order route x_{i+1} = cos(d) x_i - sin(d) v_i with d = t_i - t_{i+1}.
+a reference grid, the first-order route x_{i+1} = cos(d) x_i - sin(d) v_i with d = t_i - t_{i+1} of the teacher, guided
+by one scale if asked.
 Every (x_i, t_i, v_i) but the first is a training point; v_i is exact at x_i, whatever the route's error.
 """
 
@@ -21,6 +22,7 @@ from diffdistill.autodiff import Tangent
 from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
 from diffdistill.distillers.consistency.scm import ContinuousConsistency, held
+from diffdistill.distillers.guidance.scales import UniformScale
 from diffdistill.errors import UserError
 from diffdistill.generator import Renoise
 from diffdistill.networks.roles import Networks
@@ -46,8 +48,12 @@ class TBCM(ContinuousConsistency):
         normalise: float | None,
         warmup: int,
         adaptive: bool,
+        scales: UniformScale | None,
+        scale: float,
     ) -> None:
-        super().__init__(networks, times, renoise, few_steps, sigma_data, tangent, normalise, warmup, adaptive)
+        super().__init__(
+            networks, times, renoise, few_steps, sigma_data, tangent, normalise, warmup, adaptive, scales, scale
+        )
         self.points, self.grid = points, grid
 
     @classmethod
@@ -61,17 +67,18 @@ class TBCM(ContinuousConsistency):
         noise = rng.normal(batch.shape, self.networks.dtype)
         times = self._times(rng, noise)
         x = process.add_noise(torch.zeros_like(noise), noise, times[0])
+        teacher, cond = self.teacher(batch, rng)
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         with torch.no_grad():
             for index, t in enumerate(times):
-                velocity = self.target.predict(x, t, batch.cond, VELOCITY)
+                velocity = teacher.predict(x, t, batch.cond, VELOCITY)
                 found.append((x, t, velocity))
                 if index + 1 < len(times):
                     x = process.jump(x, process.convert(velocity, x, t, VELOCITY, X0), t, times[index + 1])
         states, at, velocities = (torch.cat(part) for part in zip(*found[1:], strict=True))
         repeats = len(found) - 1
-        cond = {key: value.repeat(repeats, *[1] * (value.ndim - 1)) for key, value in batch.cond.items()}
-        return states, at, velocities, cond
+        repeated = {key: value.repeat(repeats, *[1] * (value.ndim - 1)) for key, value in cond.items()}
+        return states, at, velocities, repeated
 
     def _times(self, rng: Rng, noise: Tensor) -> list[Tensor]:
         """t_max, then one time per interval of the reference grid, [B] each."""

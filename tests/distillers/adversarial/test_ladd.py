@@ -12,6 +12,7 @@ from torch.nn.functional import relu
 from diffdistill.config import compose
 from diffdistill.distillers.adversarial.ladd import LADD
 from diffdistill.errors import UserError
+from diffdistill.generator import constant_inputs
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.rng import Rng
 
@@ -141,3 +142,41 @@ def test_the_parts_of_a_composite_share_one_student_and_one_backward() -> None:
         torch.testing.assert_close(whole, scm + 0.5 * ladd, rtol=1e-4, atol=1e-6)
     assert {phase.name for phase in recipe.distiller.phases(0)} == {"student", "critic"}
     assert recipe.distiller.phases(0)[0].trains == ("student", "weight")
+
+
+def test_data_under_the_next_samples_condition_are_fakes_where_it_is_another_one() -> None:
+    recipe = disturbed(recipe_of("ladd", "distiller.mismatched=true"))
+    method, batch = recipe.distiller, batch_of(recipe)
+    assert isinstance(method, LADD)
+    terms = method.critic_loss(batch, Rng(1, 0, "critic", range(64))).terms
+    alone = disturbed(recipe_of("ladd")).distiller
+    assert isinstance(alone, LADD)
+    torch.testing.assert_close(
+        terms["hinge"], alone.critic_loss(batch_of(recipe), Rng(1, 0, "critic", range(64))).terms["hinge"]
+    )
+    label = batch.cond["label"]
+    differ = label != label.roll(1)
+    assert 0 < differ.sum() < 64
+    seen: list[Tensor] = []
+    real = method._logit
+
+    def logit(x0: Tensor, cond: Any, rng: Rng) -> Tensor:
+        seen.append(cond["label"])
+        return real(x0, cond, rng) if len(seen) < 3 else torch.ones(64)
+
+    method._logit = logit  # type: ignore[method-assign]
+    constant = method.critic_loss(batch, Rng(1, 0, "critic", range(64))).terms["mismatched"]
+    assert torch.equal(seen[2], label.roll(1))
+    torch.testing.assert_close(constant, 2.0 * differ.float().mean())
+
+
+def test_mismatched_pairs_need_conditions_and_the_sampler_reads_w() -> None:
+    with pytest.raises(UserError, match="needs condition"):
+        assemble(compose("train", [*BASE[1:], "data=gauss", "distiller=ladd", "distiller.mismatched=true"]))
+    scales = "{_target_:diffdistill.distillers.guidance.scales.UniformScale,low:1.0,high:4.0}"
+    both = [f"distiller.parts.{part}.{key}" for part in ("scm", "ladd") for key in (f"scales={scales}", "scale=3.0")]
+    recipe = recipe_of("scm_ladd", *both)
+    batch = batch_of(recipe)
+    for phase in recipe.distiller.phases(0):
+        assert torch.isfinite(phase.loss(batch, Rng(1, 0, phase.name, range(64))).total)
+    assert constant_inputs(recipe.distiller.generator)["w"] == 3.0

@@ -15,6 +15,7 @@ from diffdistill.config import compose
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.consistency.scm import SCM, consistency_tangent, held, normalised
 from diffdistill.errors import UserError
+from diffdistill.generator import constant_inputs
 from diffdistill.networks.exact import Gaussian, mixture_on_circle
 from diffdistill.process import EDM, VELOCITY, NoiseProcess, RectifiedFlow, Trig
 from diffdistill.recipe import assemble
@@ -228,3 +229,38 @@ def test_values_that_cannot_be_are_refused(word: str, message: str) -> None:
     with pytest.raises(UserError) as refusal:
         gauss_recipe("scm", word)
     assert str(refusal.value).startswith(message)
+
+
+SCALES = "distiller.scales={_target_:diffdistill.distillers.guidance.scales.UniformScale,low:1.0,high:4.0}"
+
+
+@pytest.mark.parametrize("name", ["scm", "tbcm"])
+def test_a_student_that_takes_the_scale_follows_the_teacher_guided_by_it(name: str) -> None:
+    """At first w changes nothing in the student: without ramp g is the guided velocity minus the plain one."""
+    words = ["data=gmm2d", "experiment=none", "evaluation=none", "run_dir=none", SCALES, "distiller.scale=2.0"]
+    recipe: Any = assemble(compose("train", [*words, f"distiller={name}"]))  # type: ignore[arg-type]
+    method, networks = recipe.distiller, recipe.networks
+    batch = recipe.data.batch(Rng(1, 0, "data", range(32)), 32, recipe.needs, torch.float32)
+    x_t, t, velocity, cond = method.states(batch, Rng(1, 0, "s", range(32)))
+    w, label = cond["w"], {"label": cond["label"]}
+    assert 1 <= w.min() < 1.5 and 3.5 < w.max() <= 4 and len(w) == len(x_t)
+    plain = networks["target"].under(Trig(sigma_data=method.sigma_data))
+    null = {key: value.expand(len(w)) for key, value in networks.teacher.null.items()}
+    v_c, v_0 = (plain.predict(x_t, t, c, VELOCITY) for c in (label, null))
+    torch.testing.assert_close(velocity, v_0 + w[:, None] * (v_c - v_0), rtol=1e-4, atol=1e-4)
+    g, ours = consistency_tangent(method.student, x_t, t, velocity, cond, 0.0, Exact())
+    torch.testing.assert_close(ours, v_c.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(g, torch.cos(t)[:, None].square() * (velocity - v_c), rtol=1e-3, atol=1e-3)
+    assert constant_inputs(method.generator)["w"] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distiller=scm", SCALES, "distiller.scale=5"], r"scale must lie in the trained range \[1, 4\]"),
+        (["distiller=sct", SCALES], "scales must be null with velocity=data"),
+    ],
+)
+def test_scales_that_cannot_be_are_refused(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        assemble(compose("train", ["data=gmm2d", "experiment=none", "evaluation=none", "run_dir=none", *words]))

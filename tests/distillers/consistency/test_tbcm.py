@@ -30,7 +30,8 @@ def states_of(points: int, size: int = 5) -> tuple[TBCM, Any, Any]:
 def test_velocities_are_the_teachers_at_every_state() -> None:
     method, _, (x, t, velocity, cond) = states_of(5)
     assert x.shape[0] == 5 * 4
-    torch.testing.assert_close(velocity, method.target.predict(x, t, cond, VELOCITY))
+    teacher = method.networks["target"].under(method.student.process)
+    torch.testing.assert_close(velocity, teacher.predict(x, t, cond, VELOCITY))
 
 
 def test_states_follow_one_another_by_rotation() -> None:
