@@ -194,15 +194,15 @@ class SCM(ContinuousConsistency):
     @classmethod
     def needs(
         cls,
+        *args: Any,
         velocity: str = "teacher",
-        scales: UniformScale | None = None,
         **hyperparameters: Any,
     ) -> frozenset[str]:
         if velocity not in ("teacher", "data"):
             raise UserError("velocity", "must be teacher or data", velocity, "data is consistency training, sCT.")
-        if velocity == "data" and scales is not None:
+        if velocity == "data" and (scales := hyperparameters.get("scales")) is not None:
             raise UserError("scales", "must be null with velocity=data", scales, "Data pairs have no scale.")
-        return super().needs(scales=scales, **hyperparameters) | {"x0"}
+        return super().needs(*args, **hyperparameters) | {"x0"}
 
     @classmethod
     def roles(cls, *args: Any, velocity: str = "teacher", **hyperparameters: Any) -> Mapping[str, Role]:
