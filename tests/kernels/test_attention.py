@@ -1,0 +1,1 @@
+"""Every backend against the dense reference in float64."""
