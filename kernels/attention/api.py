@@ -51,13 +51,13 @@ def block_sparse_attention(
 ) -> Any:
     """softmax(scale q k^T + key_bias) v over the blocks of `layout`.
 
-    q: [B, Hq, Sq, D], k: [B, Hkv, Skv, D], v: [B, Hkv, Skv, Dv], Hq a multiple of Hkv, one type among bfloat16, float16,
-    float32, float64; strided views such as [B, S, H, D] transposed are not copied by the kernel.  scale: of the logits;
-    None is D^-1/2.  key_bias: float32 [B|1, Hq|1, Skv], natural logarithms, -inf hides a key; it gets no gradient.
-    backend: None takes the rule's, see `explain`.
+    q: [B, Hq, Sq, D], k: [B, Hkv, Skv, D], v: [B, Hkv, Skv, Dv], Hq a multiple of Hkv, of one type among bfloat16,
+    float16, float32, float64; the native kernel does not copy strided views such as [B, S, H, D] transposed.
+    scale: of the logits; None is D^-1/2.  key_bias: float32 [B|1, Hq|1, Skv], natural logarithms, -inf hides a key; it
+    gets no gradient.  backend: None takes the rule's, see `explain`.
 
     Returns o [B, Hq, Sq, Dv] in q's type; with return_lse also the natural log of each query's sum, [B, Hq, Sq] float32
-    (float64 for float64), through which gradients flow too. A query that reads no key gives 0 and -inf, and no gradient.
+    (float64 for float64), through which gradients flow too. A query without keys gives 0 and -inf, and no gradient.
     Raises UserError naming the argument that does not fit, or the named backend that cannot answer and why.
     """
     chosen = explain(q, k, v, layout, scale, key_bias, return_lse, backend).backend
@@ -220,7 +220,7 @@ class _WithRules(torch.autograd.Function):
     """The operator with the rules of forward mode and torch.func, which torch.library does not take."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, key_bias: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor]:
         return _run(q, k, v, layout, scale, key_bias, backend)
@@ -233,15 +233,16 @@ class _WithRules(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_o: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_o: Tensor, d_lse: Tensor) -> tuple[Tensor | None, ...]:
         layout = ctx.layout
         rest = (layout.kv_num, layout.kv_idx, layout.kv_valid, ctx.key_bias, layout.block_q, layout.block_k)
         grads = _backward(d_o.contiguous(), d_lse, *ctx.saved_tensors, *rest, ctx.scale, ctx.backend)
         return (*grads, None, None, None, None)
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return gather.tangent(tangents[:3], *ctx.saved_tensors, ctx.layout, ctx.scale, ctx.key_bias)
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
+        q, k, v, o, lse = ctx.saved_tensors
+        return gather.tangent(tangents[:3], q, k, v, o, lse, ctx.layout, ctx.scale, ctx.key_bias)
 
 
 def _trusted(

@@ -30,7 +30,10 @@ def from_bcsr(
     block_k: int = 128,
     kv_valid: Tensor | None = None,
 ) -> BlockLayout:
-    """Inverse of `to_bcsr`; indptr may be [nQ + 1] or [H, nQ + 1] too. Raises UserError for pointers that do not fit."""
+    """Inverse of `to_bcsr`; indptr may be [nQ + 1] or [H, nQ + 1] too.
+
+    Raises UserError for pointers that do not fit.
+    """
     if not 1 <= indptr.ndim <= 3 or indices.ndim != 1 or indptr.shape[-1] < 2:
         found = f"{described(indptr)} and {described(indices)}"
         raise UserError("indptr", "must be [.., nQ + 1] with indices [blocks on]", found, "See to_bcsr.")

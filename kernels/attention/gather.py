@@ -148,7 +148,10 @@ def backward(
     scale: float,
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in the inputs' type from the gradients of output and LSE: ds_ij = P_ij (do_i.v_j - do_i.o_i + dL_i)."""
+    """dq, dk, dv in the inputs' type from the gradients of output and LSE.
+
+    ds_ij = P_ij (do_i.v_j - do_i.o_i + dL_i).
+    """
     cut = Blocked(layout, q.shape[0], q.shape[1], k.shape[1])
     wide = wide_type(q)
     delta = (d_o.to(wide) * o.to(wide)).sum(-1) - (0 if d_lse is None else d_lse.to(wide))

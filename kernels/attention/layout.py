@@ -227,7 +227,8 @@ def lists(mask: Tensor) -> tuple[Tensor, Tensor]:
     at = mask.nonzero()  # row by row, ascending within one
     rank = (mask.cumsum(-1, dtype=torch.int32) - 1)[mask]
     idx = mask.new_zeros((*mask.shape[:-1], width), dtype=torch.int32)
-    idx[(*at[:, :-1].unbind(-1), rank.long())] = at[:, -1].to(torch.int32)
+    places = (*at[:, :-1].unbind(-1), rank.long())
+    idx[places] = at[:, -1].to(torch.int32)
     return num, idx
 
 
