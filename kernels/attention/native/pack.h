@@ -14,6 +14,11 @@ inline Head<In> head_of(const Rows& x, int64_t batch, int64_t head) {
     return {static_cast<In*>(x.data) + batch * x.batch + head * x.head, x.row};
 }
 
+template <int N>
+struct Vectors {
+    static constexpr int NUM = N;
+};
+
 template <class F>
 inline int64_t words_of(int64_t width) {
     return ceil_div(width, F::PACK);
@@ -49,17 +54,24 @@ void pack_columns(uint32_t* to, Head<In> x, int64_t begin, int64_t end, int64_t 
     }
 }
 
-// Rows [begin, end) contracted, columns as lanes: to [num][W] words for each W columns
-template <class F, class In>
+// Calls visit(integral constant N, d) for the columns [d, d + N * W) of ever narrower groups: N = NV, NV / 2, ..., 1
+template <int NV, class Visit>
+void each_group(int64_t width, Visit visit, int64_t d = 0) {
+    for (; d + (NV - 1) * W < width; d += NV * W) visit(Vectors<NV>{}, d);
+    if constexpr (NV > 1) each_group<NV / 2>(width, visit, d);
+}
+
+// Rows [begin, end) contracted, columns as lanes: for each group of columns [num][N * W] words
+template <class F, int NV, class In>
 void pack_contracted(uint32_t* to, Head<In> x, int64_t begin, int64_t end, int64_t width, int64_t num) {
-    for (int64_t d = 0; d < width; d += W) {
+    each_group<NV>(width, [&](auto group, int64_t d0) {
         for (int64_t p = 0; p < num; ++p) {
             const int64_t i = begin + p * F::PACK;
             const In* second = F::PACK > 1 && i + 1 < end ? x.row(i + 1) : nullptr;
-            store(floats(to), i < end ? F::across(x.row(i), second, d, width) : zero());
-            to += W;
+            for (int64_t d = d0; d < d0 + group.NUM * W; d += W, to += W)
+                store(floats(to), i < end ? F::across(x.row(i), second, d, width) : zero());
         }
-    }
+    });
 }
 
 // Rows [begin, end) as they are, words: to [end - begin][words rounded up to W], zeros past the width

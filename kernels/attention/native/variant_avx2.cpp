@@ -11,13 +11,16 @@ namespace {
 #include "tile.h"
 #include "pack.h"
 #include "forward.h"
+#include "backward.h"
 #include "probe.h"
 
 Status forward(const Call& c) {
     return c.dtype == BFLOAT16 ? Forward<F32, uint16_t, 2>::run(c) : Forward<F32, float, 2>::run(c);
 }
 
-Status backward(const Call&, const QueryLists&) { return BAD_VARIANT; }
+Status backward(const Call& c, const QueryLists& lists) {
+    return c.dtype == BFLOAT16 ? Backward<F32, uint16_t, 2>::run(c, lists) : Backward<F32, float, 2>::run(c, lists);
+}
 
 double multiply_adds(int32_t, int64_t rounds) { return register_multiply_adds<F32>(rounds); }
 
