@@ -1,0 +1,269 @@
+// Backward: one task is a range of key blocks of one kv head, one key block after the other, so that d_k and d_v stay
+// in the cache while the queries that see the block pass by; d_q is summed in memory, one copy for each range. Ranges
+// depend on the problem alone and every sum has one order: the result is the same for any number of threads.
+template <class F, class In, int NV>
+struct Backward {
+    static constexpr int64_t LANES = NV * W, CONTRACTED = LANES / F::PACK;
+    static constexpr int64_t TASKS = 4;  // ranges per head are made until there are as many tasks
+
+    struct Scratch {
+        alignas(64) uint32_t k_copy[MAX_BLOCK * (MAX_WIDTH + W)], v_copy[MAX_BLOCK * (MAX_WIDTH + W)];
+        alignas(64) uint32_t k_columns[MAX_BLOCK * (MAX_WIDTH + ROWS)];
+        alignas(64) float d_k[(MAX_BLOCK + ROWS) * MAX_WIDTH], d_v[(MAX_BLOCK + ROWS) * MAX_WIDTH];
+        alignas(64) uint32_t p_rows[(MAX_BLOCK + ROWS) * CONTRACTED], ds_rows[(MAX_BLOCK + ROWS) * CONTRACTED];
+        alignas(64) uint32_t ds[(MAX_BLOCK + ROWS) * LANES];
+        alignas(64) float bias[MAX_BLOCK + ROWS];
+        KeyRows<F> k, v;
+    };
+
+    // A tile of queries, packed: as lanes for the scores, contracted for d_k and d_v
+    struct Tile {
+        uint32_t *q_lanes, *g_lanes, *q_rows, *g_rows;
+        float *lse, *delta;  // [LANES], in log2; +inf where a query sees nothing. delta = d_o . o - d_lse
+    };
+
+    const Call& c;
+    const QueryLists& lists;
+    int64_t num_q, num_k, tiles, group, splits;
+    int64_t head0, wave;  // the kv heads now at work, counted over the batch
+    uint32_t* packed;
+    float* sums;           // of d_q: [splits][wave * group][tiles][columns][LANES]
+    uint8_t* touched;      // [splits][wave * group][tiles]
+    Scratch* scratch;
+
+    static int64_t columns(int64_t width) { return round_up(width, W); }
+    static int64_t lane_words(int64_t width) { return round_up(words_of<F>(width), W) * LANES; }
+    int64_t tile_words() const {
+        return lane_words(c.width) + lane_words(c.v_width) + (columns(c.width) + columns(c.v_width)) * CONTRACTED + 2 * LANES;
+    }
+    int64_t slot(int64_t split, int64_t head, int64_t tile) const { return (split * wave * group + head) * tiles + tile; }
+
+    Tile tile_at(int64_t head, int64_t tile) const {
+        Tile t;
+        t.q_lanes = packed + (head * tiles + tile) * tile_words();
+        t.g_lanes = t.q_lanes + lane_words(c.width);
+        t.q_rows = t.g_lanes + lane_words(c.v_width);
+        t.g_rows = t.q_rows + columns(c.width) * CONTRACTED;
+        t.lse = floats(t.g_rows + columns(c.v_width) * CONTRACTED);
+        t.delta = t.lse + LANES;
+        return t;
+    }
+
+    static Status run(const Call& c, const QueryLists& lists) {
+        const int64_t heads = c.batch * c.kv_heads, num_k = ceil_div(c.kv_len, c.block_k);
+        int64_t splits = ceil_div(TASKS, heads);
+        if (splits > num_k) splits = num_k;
+        int64_t wave = ceil_div(2 * c.threads, splits);
+        if (wave > heads) wave = heads;
+        Backward b{c,      lists, ceil_div(c.q_len, c.block_q), num_k, ceil_div(c.q_len, LANES), c.heads / c.kv_heads,
+                   splits, 0,     wave,                         {},    {},                       {},
+                   {}};
+        const int64_t tiles = wave * b.group * b.tiles;
+        b.packed = static_cast<uint32_t*>(allocate(tiles * b.tile_words() * 4));
+        b.sums = static_cast<float*>(allocate(splits * tiles * columns(c.width) * LANES * 4));
+        b.touched = static_cast<uint8_t*>(allocate(splits * tiles));
+        b.scratch = static_cast<Scratch*>(allocate(c.threads * sizeof(Scratch)));
+        const bool ready = b.packed && b.sums && b.touched && b.scratch;
+        for (; ready && b.head0 < heads; b.head0 += wave) b.run_wave(heads - b.head0 < wave ? heads - b.head0 : wave);
+        release(b.packed), release(b.sums), release(b.touched), release(b.scratch);
+        return ready ? OK : NO_MEMORY;
+    }
+
+    void run_wave(int64_t heads) {
+        __builtin_memset(touched, 0, splits * wave * group * tiles);
+        run_parallel(heads * group * tiles, c.threads,
+                     [](void* x, int64_t i, int64_t) { static_cast<Backward*>(x)->prepare(i); }, this);
+        run_parallel(heads * splits, c.threads,
+                     [](void* x, int64_t i, int64_t worker) { static_cast<Backward*>(x)->range(i, worker); }, this);
+        run_parallel(heads * group * tiles, c.threads,
+                     [](void* x, int64_t i, int64_t) { static_cast<Backward*>(x)->finish(i); }, this);
+    }
+
+    // i = (head of the wave, tile)
+    void prepare(int64_t i) const {
+        const int64_t all_heads = head0 * group + i / tiles, batch = all_heads / c.heads, head = all_heads % c.heads;
+        const int64_t begin = i % tiles * LANES, end = begin + LANES < c.q_len ? begin + LANES : c.q_len;
+        const auto q = head_of<In>(c.q, batch, head), g = head_of<In>(c.d_o, batch, head);
+        const auto o = head_of<In>(c.o, batch, head);
+        const Tile t = tile_at(i / tiles, i % tiles);
+        pack_lanes<F, NV>(t.q_lanes, q, begin, end, c.width);
+        pack_lanes<F, NV>(t.g_lanes, g, begin, end, c.v_width);
+        pack_contracted<F, NV>(t.q_rows, q, begin, end, c.width, CONTRACTED);
+        pack_contracted<F, NV>(t.g_rows, g, begin, end, c.v_width, CONTRACTED);
+        for (int64_t lane = 0; lane < LANES; ++lane) {
+            const int64_t row = begin + lane, at = all_heads * c.q_len + row;
+            const bool empty = row >= end || c.lse[at] == -__builtin_inff();
+            t.lse[lane] = empty ? __builtin_inff() : c.lse[at] * LOG2E;
+            t.delta[lane] = empty ? 0 : dot(g.row(row), o.row(row), c.v_width) - (c.d_lse ? c.d_lse[at] : 0);
+        }
+    }
+
+    static float dot(const In* a, const In* b, int64_t width) {
+        Vec sum = zero();
+        for (int64_t d = 0; d < width; d += W) sum = fma(load_first(a + d, width - d), load_first(b + d, width - d), sum);
+        alignas(64) float parts[W];
+        store(parts, sum);
+        for (int64_t i = 1; i < W; ++i) parts[0] += parts[i];
+        return parts[0];
+    }
+
+    int64_t list_of(int64_t batch, int64_t head) const {
+        return ((c.list_batch > 1 ? batch : 0) * c.list_heads + (c.list_heads > 1 ? head : 0)) * num_k;
+    }
+
+    // The first key block of a range, such that ranges have equal numbers of query blocks
+    int64_t range_start(int64_t batch, int64_t kv_head, int64_t split) const {
+        int64_t all = 0, seen = 0, block = 0;
+        const int64_t first = kv_head * group;
+        for (int64_t head = first; head < first + group; ++head)
+            all += lists.start[list_of(batch, head) + num_k] - lists.start[list_of(batch, head)];
+        if (split == splits) return num_k;
+        for (; block < num_k && seen * splits < all * split; ++block)
+            for (int64_t head = first; head < first + group; ++head)
+                seen += lists.start[list_of(batch, head) + block + 1] - lists.start[list_of(batch, head) + block];
+        return split ? block : 0;
+    }
+
+    // i = (kv head of the wave, split)
+    void range(int64_t i, int64_t worker) const {
+        const int64_t local = i / splits, batch = (head0 + local) / c.kv_heads, kv_head = (head0 + local) % c.kv_heads;
+        Scratch& s = scratch[worker];
+        const int64_t end = range_start(batch, kv_head, i % splits + 1);
+        for (int64_t block = range_start(batch, kv_head, i % splits); block < end; ++block) {
+            const int64_t num = keys_in(c, block);
+            load_keys(s, batch, kv_head, block, num);
+            for (int64_t g = 0; g < group && num > 0; ++g) {
+                const int64_t head = kv_head * group + g, list = list_of(batch, head) + block;
+                log2_bias(s.bias, c, batch, head, block, num, s.k.padded);
+                for (int64_t n = lists.start[list]; n < lists.start[list + 1]; ++n)
+                    query_block(s, local * group + g, i % splits, lists.items[n]);
+            }
+            store_keys(s, batch, kv_head, block, num);
+        }
+    }
+
+    void query_block(Scratch& s, int64_t head, int64_t split, int64_t block) const {
+        const int64_t first = block * c.block_q / LANES, last = (block + 1) * c.block_q / LANES;
+        for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
+            const Tile t = tile_at(head, tile);
+            const int64_t at = slot(split, head, tile);
+            differentiate(s, t);
+            add_to_keys(s.d_v, s.p_rows, t.g_rows, c.v_width, s.k.padded);
+            add_to_keys(s.d_k, F::PACK == 1 ? s.ds : s.ds_rows, t.q_rows, c.width, s.k.padded);
+            add_to_queries(s, sums + at * columns(c.width) * LANES, touched[at]);
+            touched[at] = 1;
+        }
+    }
+
+    void load_keys(Scratch& s, int64_t batch, int64_t kv_head, int64_t block, int64_t num) const {
+        const auto k = head_of<In>(c.k, batch, kv_head), v = head_of<In>(c.v, batch, kv_head);
+        const int64_t begin = block * c.block_k;
+        set_rows(s.k, s.k_copy, k, begin, num, c.width);
+        set_rows(s.v, s.v_copy, v, begin, num, c.v_width);
+        pack_columns<F>(s.k_columns, k, begin, begin + num, c.width, c.block_k / F::PACK);
+        __builtin_memset(s.d_k, 0, s.k.padded * columns(c.width) * 4);
+        __builtin_memset(s.d_v, 0, s.k.padded * columns(c.v_width) * 4);
+    }
+
+    static void set_rows(KeyRows<F>& rows, uint32_t* copy, Head<In> x, int64_t begin, int64_t num, int64_t width) {
+        if (in_place<F, In>(width)) {
+            const int64_t bytes = x.stride * static_cast<int64_t>(sizeof(In));
+            return rows.set({reinterpret_cast<const char*>(x.row(begin)), bytes}, num, words_of<F>(width));
+        }
+        copy_rows<F>(copy, x, begin, begin + num, width);
+        rows.set({reinterpret_cast<const char*>(copy), round_up(words_of<F>(width), W) * 4}, num, words_of<F>(width));
+    }
+
+    static void product(Vec (&sum)[ROWS][NV], const KeyRows<F>& rows, int64_t r0, const uint32_t* lanes, int64_t words) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) sum[r][v] = zero();
+        const Broadcast a = rows.group(r0);
+        multiply<F, NV>(sum, static_cast<const char*>(a.data), a.row, 4, lanes, words);
+    }
+
+    // P = exp(S - lse) and dS = P (dP - delta) of one tile, ROWS keys at a time
+    void differentiate(Scratch& s, const Tile& t) const {
+        const Vec scale = all(c.scale * LOG2E);
+        for (int64_t r0 = 0; r0 < s.k.padded; r0 += ROWS) {
+            Vec x[ROWS][NV];
+            alignas(64) float p[ROWS][LANES];
+            product(x, s.k, r0, t.q_lanes, words_of<F>(c.width));
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                const Vec bias = all(s.bias[r0 + r]);
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) {
+                    x[r][v] = exp2<F::DEGREE>(sub(fma(x[r][v], scale, bias), load(t.lse + v * W)));
+                    store(p[r] + v * W, x[r][v]);
+                }
+                F::store_along(s.p_rows + (r0 + r) * CONTRACTED, x[r]);
+            }
+            product(x, s.v, r0, t.g_lanes, words_of<F>(c.v_width));
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) x[r][v] = mul(sub(x[r][v], load(t.delta + v * W)), load(p[r] + v * W));
+                if constexpr (F::PACK > 1) F::store_along(s.ds_rows + (r0 + r) * CONTRACTED, x[r]);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r += F::PACK)
+#pragma GCC unroll 8
+                for (int v = 0; v < NV; ++v) {
+                    float* to = floats(s.ds) + (r0 + r) / F::PACK * LANES + v * W;
+                    if constexpr (F::PACK == 2)
+                        store(to, F::pair(x[r][v], x[r + 1][v]));
+                    else
+                        store(to, x[r][v]);
+                }
+        }
+    }
+
+    // sums [rows][columns] += weights [rows][LANES] times the tile's rows
+    static void add_to_keys(float* to, const uint32_t* weights, const uint32_t* rows, int64_t width, int64_t num) {
+        each_group<NV>(width, [&](auto vectors, int64_t d) {
+            const Broadcast a{weights, ROWS * CONTRACTED * 4, CONTRACTED * 4, 4};
+            accumulate<F, vectors.NUM, KEEP>(to + d, columns(width), num, a, rows + d * CONTRACTED, CONTRACTED);
+        });
+    }
+
+    void add_to_queries(Scratch& s, float* to, bool started) const {
+        const int64_t step = ROWS * 4, rows = round_up(c.width, ROWS), num = s.k.padded / F::PACK;
+        const Broadcast k{s.k_columns, c.block_k / F::PACK * step, 4, step};
+        if (started)
+            accumulate<F, NV, KEEP>(to, LANES, rows, k, s.ds, num);
+        else
+            accumulate<F, NV, ZERO>(to, LANES, rows, k, s.ds, num);
+    }
+
+    void store_keys(const Scratch& s, int64_t batch, int64_t kv_head, int64_t block, int64_t num) const {
+        const auto d_k = head_of<In>(c.d_k, batch, kv_head), d_v = head_of<In>(c.d_v, batch, kv_head);
+        for (int64_t i = 0; i < c.block_k && block * c.block_k + i < c.kv_len; ++i) {
+            const int64_t row = block * c.block_k + i;
+            store_row(d_k.row(row), i < num ? s.d_k + i * columns(c.width) : nullptr, c.width, c.scale);
+            store_row(d_v.row(row), i < num ? s.d_v + i * columns(c.v_width) : nullptr, c.v_width, 1);
+        }
+    }
+
+    static void store_row(In* to, const float* sums, int64_t width, float factor) {
+        for (int64_t d = 0; d < width; d += W)
+            store_first(to + d, sums ? mul(load(sums + d), all(factor)) : zero(), width - d);
+    }
+
+    // i = (head of the wave, tile): d_q from the sums of all ranges
+    void finish(int64_t i) const {
+        const int64_t all_heads = head0 * group + i / tiles, begin = i % tiles * LANES;
+        const int64_t num = begin + LANES < c.q_len ? LANES : c.q_len - begin, size = columns(c.width) * LANES;
+        float* total = sums + slot(0, i / tiles, i % tiles) * size;
+        if (!touched[slot(0, i / tiles, i % tiles)]) __builtin_memset(total, 0, size * 4);
+        for (int64_t split = 1; split < splits; ++split) {
+            const int64_t at = slot(split, i / tiles, i % tiles);
+            for (int64_t n = 0; n < size && touched[at]; n += W) store(total + n, add(load(total + n), load(sums + at * size + n)));
+        }
+        alignas(64) float factor[LANES];
+        for (int64_t lane = 0; lane < LANES; ++lane) factor[lane] = c.scale;
+        const auto d_q = head_of<In>(c.d_q, all_heads / c.heads, all_heads % c.heads);
+        unpack_lanes<NV>(Head<In>{d_q.row(begin), d_q.stride}, total, num, c.width, factor);
+    }
+};
