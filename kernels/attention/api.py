@@ -7,13 +7,11 @@ block. `reference` and `flex` are torch's own programs and need no operator.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -22,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from diffdistill.autodiff import transforms
 from diffdistill.errors import UserError
-from diffdistill.kernels.attention import flex, gather, reference
+from diffdistill.kernels.attention import cpu, flex, gather, reference
 from diffdistill.kernels.attention.layout import BlockLayout, described
 
 Backend = Literal["reference", "cpu", "flex", "gather"]
@@ -135,6 +133,8 @@ def _note(backend: Backend) -> None:
 
 # -- the operators --------------------------------------------------------------------------------------------
 
+_KERNELS: dict[str, Any] = {"cpu": cpu, "gather": gather}
+
 
 @torch.library.custom_op("diffdistill::block_sparse_attention", mutates_args=())
 def _forward(
@@ -152,7 +152,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     layout = _trusted(q, k, kv_num, kv_idx, kv_valid, block_q, block_k)
     _note(backend)  # type: ignore[arg-type]
-    return _module(backend).forward(q, k, v, layout, scale, key_bias)
+    return _KERNELS[backend].forward(q, k, v, layout, scale, key_bias)
 
 
 @_forward.register_fake
@@ -182,7 +182,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     layout = _trusted(q, k, kv_num, kv_idx, kv_valid, block_q, block_k)
-    return _module(backend).backward(d_o, d_lse, q, k, v, o, lse, layout, scale, key_bias)
+    return _KERNELS[backend].backward(d_o, d_lse, q, k, v, o, lse, layout, scale, key_bias)
 
 
 @_backward.register_fake
@@ -200,10 +200,10 @@ def _gradients(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tens
     nothing = (None,) * 11
     if d_o is None and d_lse is None:
         return nothing
-    o = ctx.saved_tensors[3]
-    d_o = torch.zeros_like(o) if d_o is None else d_o
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes at the first look and refuses a second
+    d_o = torch.zeros_like(saved[3]) if d_o is None else d_o
     d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
-    return (*_backward(d_o, d_lse, *ctx.saved_tensors, *ctx.rest), *nothing[3:])
+    return (*_backward(d_o, d_lse, *saved, *ctx.rest), *nothing[3:])
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -259,28 +259,17 @@ def _trusted(
 # -- the rule's parts -----------------------------------------------------------------------------------------
 
 
-def _module(backend: str) -> Any:
-    return gather if backend == "gather" else _cpu_kernel()
-
-
-def _cpu_kernel() -> ModuleType | None:
-    """The module of the native kernel, None where this build lacks it."""
-    try:
-        return importlib.import_module("diffdistill.kernels.attention.cpu")
-    except ModuleNotFoundError:
-        return None
-
-
 def _no_cpu_kernel(q: Tensor, v: Tensor) -> str | None:
     """Why the native kernel cannot take these tensors, or None."""
     if q.device.type != "cpu":
         return f"the tensors lie on {q.device.type}"
-    cpu: Any = _cpu_kernel()
-    if cpu is None:
-        return "this installation holds no native kernel"
-    if not cpu.available():
-        return str(cpu.why_not())
-    return cpu.supports(q, v)
+    return cpu.supports(q, v) or _cpu_kernel_missing()
+
+
+@torch.compiler.assume_constant_result
+def _cpu_kernel_missing() -> str | None:
+    """Why the native kernel does not run on this machine, or None; the first call may compile it."""
+    return cpu.why_not()
 
 
 def _transforming() -> bool:
