@@ -20,11 +20,7 @@ CHOICE = "DIFFDISTILL_CPU_KERNEL"  # environment variable that names one
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_WIDTH = 256
 REFUSED = {  # what the library answers: argument, constraint, fix
-    2: (
-        "q, k, v",
-        "must have 1 to 2^31 rows and heads, widths of 1 to 256, Hq a multiple of Hkv",
-        "Change the shapes.",
-    ),
+    2: ("q, k, v", "must have 1 to 2^31 rows and heads, widths of 1 to 256, Hq a multiple of Hkv", "Change the shapes."),
     3: ("q, k, v", "must have memory", "Give tensors with data."),
     4: ("layout.block_q, layout.block_k", "must be 64 or 128", "Change the layout."),
     5: ("layout.kv_num", "must lie in [0, width of kv_idx]", "Build the layout again."),
@@ -184,12 +180,7 @@ class _Arguments:
 
     def _bias(self, bias: Tensor) -> None:
         batch, heads, length = self.call.batch, self.call.heads, self.call.kv_len
-        if (
-            bias.ndim != 3
-            or bias.shape[0] not in (1, batch)
-            or bias.shape[1] not in (1, heads)
-            or bias.shape[2] != length
-        ):
+        if bias.ndim != 3 or bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads) or bias.shape[2] != length:
             wanted = f"must be [1 or {batch}, 1 or {heads}, {length}]"
             raise UserError("key_bias", wanted, tuple(bias.shape), "Give one value per key.")
         bias = bias.float().contiguous()

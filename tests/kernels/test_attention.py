@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffdistill.autodiff import jvp
 from diffdistill.errors import UserError
-from diffdistill.kernels.attention import api, flex, gather, reference
+from diffdistill.kernels.attention import api, flex, gather
 from diffdistill.kernels.attention.api import block_sparse_attention, explain, recorded_backends
 from diffdistill.kernels.attention.layout import BlockLayout
 
