@@ -108,7 +108,7 @@ class Math:
 
 @dataclass(frozen=True)
 class Flex:
-    """torch's compiled flex_attention: for inference, the first call of a shape compiles. It takes no mask of tokens."""
+    """torch's compiled flex_attention, for inference; the first call of a shape compiles. No masks of tokens."""
 
     cross: bool = False
 
@@ -253,7 +253,7 @@ def set_attention(network: nn.Module, attention: Attention, roles: Sequence[str]
     skipped = {selves[index] for index in dense}
     for name, module in chosen.items():
         if name not in skipped:
-            _processor_of(module).by_role.update({role: attention for role in (roles or (None,))})
+            _processor_of(module).by_role.update(dict.fromkeys(roles or (None,), attention))
 
 
 def restore_attention(network: nn.Module) -> None:
@@ -337,10 +337,10 @@ def _answer(
 
 
 @functools.cache
-def _processor_class(stock: type) -> type[RoleAttention]:
+def _processor_class(stock: Any) -> type[RoleAttention]:
     """RoleAttention with the signature of a stock processor: diffusers drops keywords that it does not find in it."""
 
-    @functools.wraps(stock.__call__)  # type: ignore[operator]
+    @functools.wraps(stock.__call__)
     def call(self: RoleAttention, *args: Any, **keywords: Any) -> Any:
         return RoleAttention.__call__(self, *args, **keywords)
 

@@ -22,7 +22,8 @@ from diffdistill.networks.call import Call, checkpointed, enter
 def wan():
     model = diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads", rope_max_seq_len=32,
+        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
     )  # fmt: skip
     inputs = {
         "hidden_states": torch.randn(2, 4, 3, 12, 12),
@@ -50,8 +51,8 @@ def cogvideox():
 
 def pixart():
     model = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=32,
-        sample_size=24, patch_size=2, caption_channels=8, use_additional_conditions=False, norm_num_groups=4,
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=32, sample_size=24, patch_size=2, caption_channels=8, use_additional_conditions=False, norm_num_groups=4,
     )  # fmt: skip
     inputs = {
         "hidden_states": torch.randn(2, 4, 24, 24),
