@@ -354,7 +354,7 @@ def _processor_of(module: Any) -> RoleAttention:
     if isinstance(module.processor, nn.Module):
         fix = "Keep its stock attention."
         raise UserError("network", "must have processors without weights", type(module.processor).__name__, fix)
-    ours = _processor_class(type(module.processor))(module.processor)
+    ours = _processor_class(module.processor.__class__)(module.processor)
     module.set_processor(ours)
     return ours
 

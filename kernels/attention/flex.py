@@ -36,16 +36,24 @@ def why_not(q: Tensor, layout: BlockLayout, key_bias: Tensor | None, return_lse:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float) -> Tensor:
     """Output [B, Hq, Sq, Dv]. The first call of a shape compiles, for tens of seconds."""
-    block_mask = to_flex(layout)
-    grouped = q.shape[1] != k.shape[1]
     # as soon as an input asks for a gradient flex refuses, even under no_grad
-    q, k, v = q.detach(), k.detach(), v.detach()
-    try:
-        return _compiled()(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=grouped)
-    except Exception as error:  # inductor and the compiler raise what they like
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        fix = "Install a C++ compiler that torch.compile finds, or name another backend."
-        raise UserError("backend", "must compile: flex_attention did not", reason, fix) from error
+    return prepared(layout)(q.detach(), k.detach(), v.detach(), scale)
+
+
+def prepared(layout: BlockLayout) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
+    """`attention` over one layout as a function of (q, k, v, scale), its lists converted once."""
+    block_mask = to_flex(layout)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        grouped = q.shape[1] != k.shape[1]
+        try:
+            return _compiled()(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=grouped)
+        except Exception as error:  # inductor and the compiler raise what they like
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            fix = "Install a C++ compiler that torch.compile finds, or name another backend."
+            raise UserError("backend", "must compile: flex_attention did not", reason, fix) from error
+
+    return run
 
 
 @functools.cache

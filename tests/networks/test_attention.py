@@ -52,7 +52,8 @@ def cogvideox():
 def pixart():
     model = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
-        cross_attention_dim=32, sample_size=24, patch_size=2, caption_channels=8, use_additional_conditions=False, norm_num_groups=4,
+        cross_attention_dim=32, sample_size=24, patch_size=2, caption_channels=8, use_additional_conditions=False,
+        norm_num_groups=4,
     )  # fmt: skip
     inputs = {
         "hidden_states": torch.randn(2, 4, 24, 24),
