@@ -203,21 +203,26 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: Any) -> None:
         raise UserError("q, k, v", "must be [B, H, S, D]", (q.ndim, k.ndim, v.ndim), "Give four axes.")
     _require_shape((q.shape[0], k.shape[1], k.shape[2], q.shape[3]), k=k)
     _require_shape((*k.shape[:3], v.shape[3]), v=v)
-    if (layout.q_len, layout.kv_len) != (q.shape[2], k.shape[2]):
+    _check_lists(layout, q.shape[2], k.shape[2])
+
+
+def _check_lists(layout: Any, q_len: int, kv_len: int) -> None:
+    if (layout.q_len, layout.kv_len) != (q_len, kv_len):
         given = (layout.q_len, layout.kv_len)
-        raise UserError("layout", f"must be for lengths {(q.shape[2], k.shape[2])}", given, "Build it for q and k.")
-    num_q, num_k = -(-layout.q_len // layout.block_q), -(-layout.kv_len // layout.block_k)
-    for name, shape in (("kv_num", (num_q,)), ("kv_idx", (num_q, None)), ("kv_valid", (num_k,))):
+        raise UserError("layout", f"must be for lengths {(q_len, kv_len)}", given, "Build it for q and k.")
+    for name in ("block_q", "block_k"):
+        if getattr(layout, name) not in (64, 128):
+            raise UserError(f"layout.{name}", "must be 64 or 128", getattr(layout, name), "Change the layout.")
+    num_q, num_k = -(-q_len // layout.block_q), -(-kv_len // layout.block_k)
+    lists = (*layout.kv_num.shape[:2], num_q)
+    wanted = {"kv_num": lists, "kv_idx": (*lists, layout.kv_idx.shape[-1]), "kv_valid": (num_k,)}
+    for name, shape in wanted.items():
         x = getattr(layout, name)
-        if name == "kv_valid":
-            if x is None:
-                continue
-            fits = tuple(x.shape) == shape
-        else:
-            fits = x.ndim == 2 + len(shape) and x.shape[:2] == layout.kv_num.shape[:2] and x.shape[2] == num_q
-        if not fits or x.dtype != torch.int32 or x.device.type != "cpu":
-            given = (tuple(x.shape), x.dtype, x.device)
-            raise UserError(f"layout.{name}", f"must be int32 on the CPU, its last axes {shape}", given, "Rebuild it.")
+        if x is None and name == "kv_valid":
+            continue
+        if tuple(x.shape) != shape or x.dtype != torch.int32 or x.device.type != "cpu":
+            given = (tuple(x.shape), x.dtype, str(x.device))
+            raise UserError(f"layout.{name}", f"must be int32 {shape} on the CPU", given, "Build the layout again.")
 
 
 def _require_shape(shape: tuple[int, ...], **tensors: Tensor) -> None:

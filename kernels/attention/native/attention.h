@@ -57,7 +57,7 @@ struct QueryLists {
     const int32_t* items;
 };
 
-void* allocate(size_t bytes);  // aligned to a page, or null
+void* allocate(size_t bytes);  // aligned to 64 bytes, or null
 void release(void* memory);
 
 // What a translation unit compiled for one instruction set gives.

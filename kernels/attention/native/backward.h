@@ -5,26 +5,28 @@ template <class F, class In, int NV>
 struct Backward {
     static constexpr int64_t LANES = NV * W, CONTRACTED = LANES / F::PACK;
     static constexpr int64_t TASKS = 4;  // ranges per head are made until there are as many tasks
+    static constexpr int64_t STRIP = 32;  // keys at a time, so that the queries' words stay in the first cache
 
     struct Scratch {
         alignas(64) uint32_t k_copy[MAX_BLOCK * (MAX_WIDTH + W)], v_copy[MAX_BLOCK * (MAX_WIDTH + W)];
         alignas(64) uint32_t k_columns[MAX_BLOCK * (MAX_WIDTH + ROWS)];
         alignas(64) float d_k[(MAX_BLOCK + ROWS) * MAX_WIDTH], d_v[(MAX_BLOCK + ROWS) * MAX_WIDTH];
-        alignas(64) uint32_t p_rows[(MAX_BLOCK + ROWS) * CONTRACTED], ds_rows[(MAX_BLOCK + ROWS) * CONTRACTED];
+        alignas(64) uint32_t p_rows[(MAX_BLOCK + ROWS) * MAX_BLOCK], ds_rows[(MAX_BLOCK + ROWS) * MAX_BLOCK];
         alignas(64) uint32_t ds[(MAX_BLOCK + ROWS) * LANES];
+        alignas(64) float p[STRIP * LANES];
         alignas(64) float bias[MAX_BLOCK + ROWS];
         KeyRows<F> k, v;
     };
 
-    // A tile of queries, packed: as lanes for the scores, contracted for d_k and d_v
+    // LANES queries, packed for the scores
     struct Tile {
-        uint32_t *q_lanes, *g_lanes, *q_rows, *g_rows;
+        uint32_t *q_lanes, *g_lanes;
         float *lse, *delta;  // [LANES], in log2; +inf where a query sees nothing. delta = d_o . o - d_lse
     };
 
     const Call& c;
     const QueryLists& lists;
-    int64_t num_q, num_k, tiles, group, splits;
+    int64_t num_q, num_k, tiles, group, splits;  // tiles: of a head, in whole query blocks
     int64_t head0, wave;  // the kv heads now at work, counted over the batch
     uint32_t* packed;
     float* sums;           // of d_q: [splits][wave * group][tiles][columns][LANES]
@@ -33,21 +35,27 @@ struct Backward {
 
     static int64_t columns(int64_t width) { return round_up(width, W); }
     static int64_t lane_words(int64_t width) { return round_up(words_of<F>(width), W) * LANES; }
-    int64_t tile_words() const {
-        return lane_words(c.width) + lane_words(c.v_width) + (columns(c.width) + columns(c.v_width)) * CONTRACTED + 2 * LANES;
+    int64_t tile_words() const { return lane_words(c.width) + lane_words(c.v_width) + 2 * LANES; }
+    int64_t block_words() const {
+        return c.block_q / LANES * tile_words() + (columns(c.width) + columns(c.v_width)) * block_rows();
     }
+    int64_t block_rows() const { return c.block_q / F::PACK; }
     int64_t slot(int64_t split, int64_t head, int64_t tile) const { return (split * wave * group + head) * tiles + tile; }
 
-    Tile tile_at(int64_t head, int64_t tile) const {
+    Tile tile_at(int64_t head, int64_t block, int64_t tile) const {
         Tile t;
-        t.q_lanes = packed + (head * tiles + tile) * tile_words();
+        t.q_lanes = packed + (head * num_q + block) * block_words() + tile * tile_words();
         t.g_lanes = t.q_lanes + lane_words(c.width);
-        t.q_rows = t.g_lanes + lane_words(c.v_width);
-        t.g_rows = t.q_rows + columns(c.width) * CONTRACTED;
-        t.lse = floats(t.g_rows + columns(c.v_width) * CONTRACTED);
+        t.lse = floats(t.g_lanes + lane_words(c.v_width));
         t.delta = t.lse + LANES;
         return t;
     }
+
+    // a block's queries, contracted for d_k, and their d_o, for d_v
+    uint32_t* q_rows(int64_t head, int64_t block) const {
+        return tile_at(head, block, c.block_q / LANES).q_lanes;
+    }
+    uint32_t* g_rows(int64_t head, int64_t block) const { return q_rows(head, block) + columns(c.width) * block_rows(); }
 
     static Status run(const Call& c, const QueryLists& lists) {
         const int64_t heads = c.batch * c.kv_heads, num_k = ceil_div(c.kv_len, c.block_k);
@@ -55,13 +63,13 @@ struct Backward {
         if (splits > num_k) splits = num_k;
         int64_t wave = ceil_div(2 * c.threads, splits);
         if (wave > heads) wave = heads;
-        Backward b{c,      lists, ceil_div(c.q_len, c.block_q), num_k, ceil_div(c.q_len, LANES), c.heads / c.kv_heads,
+        Backward b{c,      lists, ceil_div(c.q_len, c.block_q), num_k, ceil_div(c.q_len, c.block_q) * (c.block_q / LANES), c.heads / c.kv_heads,
                    splits, 0,     wave,                         {},    {},                       {},
                    {}};
-        const int64_t tiles = wave * b.group * b.tiles;
-        b.packed = static_cast<uint32_t*>(allocate(tiles * b.tile_words() * 4));
-        b.sums = static_cast<float*>(allocate(splits * tiles * columns(c.width) * LANES * 4));
-        b.touched = static_cast<uint8_t*>(allocate(splits * tiles));
+        const int64_t local_heads = wave * b.group, slots = splits * local_heads * b.tiles;
+        b.packed = static_cast<uint32_t*>(allocate(local_heads * b.num_q * b.block_words() * 4));
+        b.sums = static_cast<float*>(allocate(slots * columns(c.width) * LANES * 4));
+        b.touched = static_cast<uint8_t*>(allocate(slots));
         b.scratch = static_cast<Scratch*>(allocate(c.threads * sizeof(Scratch)));
         const bool ready = b.packed && b.sums && b.touched && b.scratch;
         for (; ready && b.head0 < heads; b.head0 += wave) b.run_wave(heads - b.head0 < wave ? heads - b.head0 : wave);
@@ -71,7 +79,7 @@ struct Backward {
 
     void run_wave(int64_t heads) {
         __builtin_memset(touched, 0, splits * wave * group * tiles);
-        run_parallel(heads * group * tiles, c.threads,
+        run_parallel(heads * group * num_q, c.threads,
                      [](void* x, int64_t i, int64_t) { static_cast<Backward*>(x)->prepare(i); }, this);
         run_parallel(heads * splits, c.threads,
                      [](void* x, int64_t i, int64_t worker) { static_cast<Backward*>(x)->range(i, worker); }, this);
@@ -79,22 +87,24 @@ struct Backward {
                      [](void* x, int64_t i, int64_t) { static_cast<Backward*>(x)->finish(i); }, this);
     }
 
-    // i = (head of the wave, tile)
+    // i = (head of the wave, query block)
     void prepare(int64_t i) const {
-        const int64_t all_heads = head0 * group + i / tiles, batch = all_heads / c.heads, head = all_heads % c.heads;
-        const int64_t begin = i % tiles * LANES, end = begin + LANES < c.q_len ? begin + LANES : c.q_len;
+        const int64_t all_heads = head0 * group + i / num_q, batch = all_heads / c.heads, head = all_heads % c.heads;
+        const int64_t begin = i % num_q * c.block_q, end = begin + c.block_q < c.q_len ? begin + c.block_q : c.q_len;
         const auto q = head_of<In>(c.q, batch, head), g = head_of<In>(c.d_o, batch, head);
         const auto o = head_of<In>(c.o, batch, head);
-        const Tile t = tile_at(i / tiles, i % tiles);
-        pack_lanes<F, NV>(t.q_lanes, q, begin, end, c.width);
-        pack_lanes<F, NV>(t.g_lanes, g, begin, end, c.v_width);
-        pack_contracted<F, NV>(t.q_rows, q, begin, end, c.width, CONTRACTED);
-        pack_contracted<F, NV>(t.g_rows, g, begin, end, c.v_width, CONTRACTED);
-        for (int64_t lane = 0; lane < LANES; ++lane) {
-            const int64_t row = begin + lane, at = all_heads * c.q_len + row;
-            const bool empty = row >= end || c.lse[at] == -__builtin_inff();
-            t.lse[lane] = empty ? __builtin_inff() : c.lse[at] * LOG2E;
-            t.delta[lane] = empty ? 0 : dot(g.row(row), o.row(row), c.v_width) - (c.d_lse ? c.d_lse[at] : 0);
+        pack_contracted<F, NV>(q_rows(i / num_q, i % num_q), q, begin, end, c.width, block_rows());
+        pack_contracted<F, NV>(g_rows(i / num_q, i % num_q), g, begin, end, c.v_width, block_rows());
+        for (int64_t tile = 0; tile < c.block_q / LANES; ++tile) {
+            const Tile t = tile_at(i / num_q, i % num_q, tile);
+            pack_lanes<F, NV>(t.q_lanes, q, begin + tile * LANES, end, c.width);
+            pack_lanes<F, NV>(t.g_lanes, g, begin + tile * LANES, end, c.v_width);
+            for (int64_t lane = 0; lane < LANES; ++lane) {
+                const int64_t row = begin + tile * LANES + lane, at = all_heads * c.q_len + row;
+                const bool empty = row >= end || c.lse[at] == -__builtin_inff();
+                t.lse[lane] = empty ? __builtin_inff() : c.lse[at] * LOG2E;
+                t.delta[lane] = empty ? 0 : dot(g.row(row), o.row(row), c.v_width) - (c.d_lse ? c.d_lse[at] : 0);
+            }
         }
     }
 
@@ -143,16 +153,16 @@ struct Backward {
     }
 
     void query_block(Scratch& s, int64_t head, int64_t split, int64_t block) const {
-        const int64_t first = block * c.block_q / LANES, last = (block + 1) * c.block_q / LANES;
-        for (int64_t tile = first; tile < last && tile < tiles; ++tile) {
-            const Tile t = tile_at(head, tile);
-            const int64_t at = slot(split, head, tile);
-            differentiate(s, t);
-            add_to_keys(s.d_v, s.p_rows, t.g_rows, c.v_width, s.k.padded);
-            add_to_keys(s.d_k, F::PACK == 1 ? s.ds : s.ds_rows, t.q_rows, c.width, s.k.padded);
+        const int64_t left = ceil_div(c.q_len - block * c.block_q, LANES), whole = c.block_q / LANES;
+        const int64_t used = left < whole ? left : whole;
+        for (int64_t tile = 0; tile < used; ++tile) {
+            const int64_t at = slot(split, head, block * whole + tile);
+            differentiate(s, tile_at(head, block, tile), tile * CONTRACTED);
             add_to_queries(s, sums + at * columns(c.width) * LANES, touched[at]);
             touched[at] = 1;
         }
+        add_to_keys(s.d_v, s.p_rows, g_rows(head, block), c.v_width, s.k.padded, used * CONTRACTED);
+        add_to_keys(s.d_k, s.ds_rows, q_rows(head, block), c.width, s.k.padded, used * CONTRACTED);
     }
 
     void load_keys(Scratch& s, int64_t batch, int64_t kv_head, int64_t block, int64_t num) const {
@@ -183,48 +193,62 @@ struct Backward {
         multiply<F, NV>(sum, static_cast<const char*>(a.data), a.row, 4, lanes, words);
     }
 
-    // P = exp(S - lse) and dS = P (dP - delta) of one tile, ROWS keys at a time
-    void differentiate(Scratch& s, const Tile& t) const {
-        const Vec scale = all(c.scale * LOG2E);
-        for (int64_t r0 = 0; r0 < s.k.padded; r0 += ROWS) {
-            Vec x[ROWS][NV];
-            alignas(64) float p[ROWS][LANES];
-            product(x, s.k, r0, t.q_lanes, words_of<F>(c.width));
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) {
-                const Vec bias = all(s.bias[r0 + r]);
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) {
-                    x[r][v] = exp2<F::DEGREE>(sub(fma(x[r][v], scale, bias), load(t.lse + v * W)));
-                    store(p[r] + v * W, x[r][v]);
-                }
-                F::store_along(s.p_rows + (r0 + r) * CONTRACTED, x[r]);
-            }
-            product(x, s.v, r0, t.g_lanes, words_of<F>(c.v_width));
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) x[r][v] = mul(sub(x[r][v], load(t.delta + v * W)), load(p[r] + v * W));
-                if constexpr (F::PACK > 1) F::store_along(s.ds_rows + (r0 + r) * CONTRACTED, x[r]);
-            }
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r += F::PACK)
-#pragma GCC unroll 8
-                for (int v = 0; v < NV; ++v) {
-                    float* to = floats(s.ds) + (r0 + r) / F::PACK * LANES + v * W;
-                    if constexpr (F::PACK == 2)
-                        store(to, F::pair(x[r][v], x[r + 1][v]));
-                    else
-                        store(to, x[r][v]);
-                }
+    // P = exp(S - lse) and dS = P (dP - delta) of one tile, into the columns from word `column` on
+    void differentiate(Scratch& s, const Tile& t, int64_t column) const {
+        for (int64_t begin = 0; begin < s.k.padded; begin += STRIP) {
+            const int64_t end = begin + STRIP < s.k.padded ? begin + STRIP : s.k.padded;
+            for (int64_t r0 = begin; r0 < end; r0 += ROWS)
+                probabilities(s, t, r0, s.p + (r0 - begin) * LANES, s.p_rows + r0 * block_rows() + column);
+            for (int64_t r0 = begin; r0 < end; r0 += ROWS)
+                score_gradients(s, t, r0, s.p + (r0 - begin) * LANES, s.ds_rows + r0 * block_rows() + column);
         }
     }
 
-    // sums [rows][columns] += weights [rows][LANES] times the tile's rows
-    static void add_to_keys(float* to, const uint32_t* weights, const uint32_t* rows, int64_t width, int64_t num) {
+    void probabilities(Scratch& s, const Tile& t, int64_t r0, float* p, uint32_t* rows) const {
+        const Vec scale = all(c.scale * LOG2E);
+        Vec x[ROWS][NV];
+        product(x, s.k, r0, t.q_lanes, words_of<F>(c.width));
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            const Vec bias = all(s.bias[r0 + r]);
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+                x[r][v] = exp2<F::DEGREE>(sub(fma(x[r][v], scale, bias), load(t.lse + v * W)));
+                store(p + r * LANES + v * W, x[r][v]);
+            }
+            F::store_along(rows + r * block_rows(), x[r]);
+        }
+    }
+
+    void score_gradients(Scratch& s, const Tile& t, int64_t r0, const float* p, uint32_t* rows) const {
+        Vec x[ROWS][NV];
+        product(x, s.v, r0, t.g_lanes, words_of<F>(c.v_width));
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v)
+                x[r][v] = mul(sub(x[r][v], load(t.delta + v * W)), load(p + r * LANES + v * W));
+            F::store_along(rows + r * block_rows(), x[r]);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; r += F::PACK) {
+            float* to = floats(s.ds) + (r0 + r) / F::PACK * LANES;
+#pragma GCC unroll 8
+            for (int v = 0; v < NV; ++v) {
+                if constexpr (F::PACK == 2)
+                    store(to + v * W, F::pair(x[r][v], x[r + 1][v]));
+                else
+                    store(to + v * W, x[r][v]);
+            }
+        }
+    }
+
+    // sums [rows][columns] += weights [rows][queries] times the block's rows
+    void add_to_keys(float* to, const uint32_t* weights, const uint32_t* rows, int64_t width, int64_t num,
+                     int64_t words) const {
         each_group<NV>(width, [&](auto vectors, int64_t d) {
-            const Broadcast a{weights, ROWS * CONTRACTED * 4, CONTRACTED * 4, 4};
-            accumulate<F, vectors.NUM, KEEP>(to + d, columns(width), num, a, rows + d * CONTRACTED, CONTRACTED);
+            const Broadcast a{weights, ROWS * block_rows() * 4, block_rows() * 4, 4};
+            accumulate<F, vectors.NUM, KEEP>(to + d, columns(width), num, a, rows + d * block_rows(), words);
         });
     }
 
