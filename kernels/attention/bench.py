@@ -30,13 +30,14 @@ from diffdistill.machine import machine
 SCHEMA = 1
 MISSED, NOISY = 1, 3
 STEADY = 0.15  # the ceiling's spread in a group, of its median
-QUICK_DENSITIES, DENSITIES = (1.0, 0.1), (1.0, 0.3, 0.1)
+DENSITIES = (1.0, 0.3, 0.1)
+QUICK_DENSITIES, QUICK_REPEATS = (1.0, 0.1), 5
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One runner of one group. density: the exact share of blocks.  milliseconds: median.  spread: (max - min) / median.
-    gflops: on computed blocks.  share: of the group's ceiling, None where that has no such unit."""
+    """One runner of one group. density: the exact share of blocks.  milliseconds: median.  spread: (max - min) /
+    median.  gflops: on computed blocks.  share: of the group's ceiling, None where that has no such unit."""
 
     length: int
     width: int
@@ -62,7 +63,7 @@ class Ceiling:
 def attention(repeats: int, quick: bool, out: str | None, plot: str | None) -> int:
     """Bench every group, print a table each and the verdict last. Returns the exit status.
 
-    repeats: interleaved rounds.  quick: 4096 tokens, width 128, within 50 s.  out: JSON file.  plot: picture.
+    repeats: interleaved rounds.  quick: 5 rounds at 4096 tokens and width 128, within 50 s.  out: JSON file.  plot: picture.
     """
     if repeats < 5:
         raise UserError("repeats", "must be >= 5", repeats, "7 is a good number: medians are compared.")
@@ -74,8 +75,9 @@ def attention(repeats: int, quick: bool, out: str | None, plot: str | None) -> i
     if not cpu.available():
         fix = "Install a C++ compiler, or run it on another machine."
         raise UserError("bench attention", "must find its kernel", cpu.why_not(), fix)
-    groups = quick_groups() if quick else all_groups()
-    return run(groups, repeats, None if quick else scaling, out, plot)
+    if quick:
+        return run(quick_groups(), QUICK_REPEATS, None, out, plot)
+    return run(all_groups(), repeats, scaling, out, plot)
 
 
 def quick_groups() -> list[Group]:
@@ -101,12 +103,13 @@ def run(
 ) -> int:
     """Measure the groups, then (if given) two threads; write and print. Returns the exit status."""
     console = Console()
+    measured: list[Measured] = []
+    ceilings: list[Ceiling] = []
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         bandwidth = ceiling.bandwidth()
         console.print(f"kernel {cpu.variant()}, memory {bandwidth / 1e9:.1f} GB/s")
-        measured, ceilings = [], []
         for group in groups:
             rows, top = _measure(group, repeats)
             measured, ceilings = [*measured, *rows], [*ceilings, top]
@@ -197,7 +200,9 @@ def _verdict(console: Console, found: list[Floor], ceilings: list[Ceiling]) -> i
     unsteady = max(c.spread for c in ceilings)
     missed = [floor for floor in found if not floor.met]
     if unsteady > STEADY:
-        console.print(f"verdict: too noisy to tell (the ceiling varied by {unsteady:.0%}, at most {STEADY:.0%} is steady)")
+        console.print(
+            f"verdict: too noisy to tell (the ceiling varied by {unsteady:.0%}, at most {STEADY:.0%} is steady)"
+        )
         return NOISY
     if missed:
         names = "; ".join(f"{floor.name}: {floor.value:.2f} < {floor.least:.2f}" for floor in missed)

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from diffdistill.kernels.attention.bench import Measured
     from diffdistill.kernels.attention.bench_threads import Scaling
 
-SHARES = {("bf16", 128): (0.65, 0.85), ("bf16", 64): (0.60, 0.80), ("fp32", 128): (0.65, 0.82), ("fp32", 64): (0.65, 0.82)}
+SHARES = {
+    ("bf16", 128): (0.65, 0.85),
+    ("bf16", 64): (0.60, 0.80),
+    ("fp32", 128): (0.65, 0.82),
+    ("fp32", 64): (0.65, 0.82),
+}
 OVER_FLEX = {"bf16": (4.0, 6.0), "fp32": (1.6, 2.1)}
 OVER_GATHER = {"bf16": (4.0, 5.0), "fp32": (2.2, 2.8)}  # at S = 16384, density .1
 OVER_SDPA_BACKWARD = {1.0: (1.7, 2.3), 0.3: (5.0, 7.0), 0.1: (15.0, 22.0)}  # bf16

@@ -82,14 +82,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, layout: BlockLayout) -> 
 
 
 def _sdpa_backward(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, layout: BlockLayout) -> Callable[[], object]:
-    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    o = F.scaled_dot_product_attention(*leaves)
-    return lambda: torch.autograd.grad(o, leaves, d_o, retain_graph=True)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v)
+    return lambda: torch.autograd.grad(o, (q, k, v), d_o, retain_graph=True)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, layout: BlockLayout) -> Callable[[], object]:
     run = flex.prepared(layout)
-    return lambda: run(q, k, v, scale=q.shape[-1] ** -0.5)
+    return lambda: run(q, k, v, q.shape[-1] ** -0.5)
 
 
 def _gather_sdpa(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, layout: BlockLayout) -> Callable[[], object]:

@@ -56,7 +56,9 @@ def _threads(direction: str) -> tuple[float, float]:
 def _process(direction: str, number: int) -> float:
     """Median seconds of a call in `number` processes at once, one thread each."""
     command = [sys.executable, "-m", __name__, direction]
-    running = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(number)]
+    running = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(number)
+    ]
     for process in running:  # each says when it is ready, so that they run together
         assert process.stdout is not None
         process.stdout.readline()
