@@ -63,7 +63,8 @@ class Ceiling:
 def attention(repeats: int, quick: bool, out: str | None, plot: str | None) -> int:
     """Bench every group, print a table each and the verdict last. Returns the exit status.
 
-    repeats: interleaved rounds.  quick: 5 rounds at 4096 tokens and width 128, within 50 s.  out: JSON file.  plot: picture.
+    repeats: interleaved rounds.  quick: 5 rounds at 4096 tokens and width 128, within 50 s.  out: JSON file.
+    plot: picture.
     """
     if repeats < 5:
         raise UserError("repeats", "must be >= 5", repeats, "7 is a good number: medians are compared.")
