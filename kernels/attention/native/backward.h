@@ -9,7 +9,7 @@ struct Backward {
 
     struct Scratch {
         alignas(64) uint32_t k_copy[MAX_BLOCK * (MAX_WIDTH + W)], v_copy[MAX_BLOCK * (MAX_WIDTH + W)];
-        alignas(64) uint32_t k_columns[MAX_BLOCK * (MAX_WIDTH + ROWS)];
+        alignas(64) uint32_t k_columns[MAX_BLOCK * MAX_WIDTH];
         alignas(64) float d_k[(MAX_BLOCK + ROWS) * MAX_WIDTH], d_v[(MAX_BLOCK + ROWS) * MAX_WIDTH];
         alignas(64) uint32_t p_rows[(MAX_BLOCK + ROWS) * MAX_BLOCK], ds_rows[(MAX_BLOCK + ROWS) * MAX_BLOCK];
         alignas(64) uint32_t ds[(MAX_BLOCK + ROWS) * LANES];
@@ -247,14 +247,14 @@ struct Backward {
     void add_to_keys(float* to, const uint32_t* weights, const uint32_t* rows, int64_t width, int64_t num,
                      int64_t words) const {
         each_group<NV>(width, [&](auto vectors, int64_t d) {
-            const Broadcast a{weights, ROWS * block_rows() * 4, block_rows() * 4, 4};
+            const Broadcast a{weights, W * block_rows() * 4, block_rows() * 4, 4};
             accumulate<F, vectors.NUM, KEEP>(to + d, columns(width), num, a, rows + d * block_rows(), words);
         });
     }
 
     void add_to_queries(Scratch& s, float* to, bool started) const {
-        const int64_t step = ROWS * 4, rows = round_up(c.width, ROWS), num = s.k.padded / F::PACK;
-        const Broadcast k{s.k_columns, c.block_k / F::PACK * step, 4, step};
+        const int64_t rows = round_up(c.width, ROWS), num = s.k.padded / F::PACK;
+        const Broadcast k = columns_of(s.k_columns, c.block_k / F::PACK);
         if (started)
             accumulate<F, NV, KEEP>(to, LANES, rows, k, s.ds, num);
         else

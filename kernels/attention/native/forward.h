@@ -21,7 +21,7 @@ struct Forward {
     Scratch* scratch;
 
     int64_t k_words() const { return round_up(words_of<F>(c.width), W); }
-    int64_t block_words() const { return round_up(c.v_width, ROWS) * (c.block_k / F::PACK); }
+    int64_t block_words() const { return round_up(c.v_width, W) * (c.block_k / F::PACK); }
 
     static Status run(const Call& c) {
         Forward f{c, ceil_div(c.q_len, c.block_q), ceil_div(c.kv_len, c.block_k), ceil_div(c.q_len, LANES), {}, {}, {}};
@@ -147,8 +147,8 @@ struct Forward {
     }
 
     void add_values(Scratch& s, const uint32_t* block, Start start) const {
-        const int64_t step = ROWS * 4, rows = round_up(c.v_width, ROWS), num = s.keys.padded / F::PACK;
-        const Broadcast v{block, c.block_k / F::PACK * step, 4, step};
+        const int64_t rows = round_up(c.v_width, ROWS), num = s.keys.padded / F::PACK;
+        const Broadcast v = columns_of(block, c.block_k / F::PACK);
         if (start == ZERO) accumulate<F, NV, ZERO>(s.sums, LANES, rows, v, s.p, num);
         if (start == KEEP) accumulate<F, NV, KEEP>(s.sums, LANES, rows, v, s.p, num);
         if (start == RESCALE) accumulate<F, NV, RESCALE>(s.sums, LANES, rows, v, s.p, num, s.factor);

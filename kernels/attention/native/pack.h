@@ -38,21 +38,20 @@ void pack_lanes(uint32_t* to, Head<In> x, int64_t begin, int64_t end, int64_t wi
     }
 }
 
-// Rows [begin, end) contracted, columns broadcast: to [columns / ROWS][num][ROWS] words; rows and columns past the end
-// are zeros, `num` words long
+// Rows [begin, end) contracted, columns broadcast: for each panel of W columns [num][W] words; rows and columns past the
+// end are zeros
 template <class F, class In>
 void pack_columns(uint32_t* to, Head<In> x, int64_t begin, int64_t end, int64_t width, int64_t num) {
     for (int64_t p = 0; p < num; ++p) {
         const int64_t i = begin + p * F::PACK;
         const In* second = F::PACK > 1 && i + 1 < end ? x.row(i + 1) : nullptr;
-        for (int64_t d = 0; d < width; d += W) {
-            alignas(64) uint32_t words[W];
-            store(floats(words), i < end ? F::across(x.row(i), second, d, width) : zero());
-            for (int64_t e = 0; e < W && d + e < width; e += ROWS)
-                __builtin_memcpy(to + ((d + e) / ROWS * num + p) * ROWS, words + e, ROWS * 4);
-        }
+        for (int64_t d = 0; d < width; d += W)
+            store(floats(to) + d * num + p * W, i < end ? F::across(x.row(i), second, d, width) : zero());
     }
 }
+
+// how pack_columns lays its words out
+inline Broadcast columns_of(const uint32_t* packed, int64_t num) { return {packed, num * W * 4, 4, W * 4}; }
 
 // Calls visit(integral constant N, d) for the columns [d, d + N * W) of ever narrower groups: N = NV, NV / 2, ..., 1
 template <int NV, class Visit>
@@ -132,8 +131,8 @@ struct KeyRows {
     }
 
     Broadcast group(int64_t r0) const {
-        if (r0 < whole) return {rows.row(r0), 0, rows.stride, 4};
-        return {last, 0, last_stride, 4};
+        if (r0 < whole) return {rows.row(r0), W * rows.stride, rows.stride, 4};
+        return {last, W * last_stride, last_stride, 4};
     }
 };
 

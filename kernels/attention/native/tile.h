@@ -20,10 +20,12 @@ inline Vec exp2(Vec x) {
     return times_two_to(y, x);
 }
 
-// Where the words of broadcast rows lie, in bytes: of row r of group g, word p, at data + g * group + r * row + p * step
+// Where the words of broadcast rows lie, in bytes: word p of row r at data + r / W * panel + r % W * row + p * step
 struct Broadcast {
     const void* data;
-    int64_t group, row, step;
+    int64_t panel, row, step;
+
+    const char* at(int64_t r) const { return static_cast<const char*>(data) + r / W * panel + r % W * row; }
 };
 
 // sum[r][v] += sum over p < num of a[r][p] * b[p][v]; b: [num][NV * W] words
@@ -50,8 +52,7 @@ enum Start { ZERO, KEEP, RESCALE };  // what the sums are before: nothing, thems
 template <class F, int NV, Start START>
 inline void accumulate(float* c, int64_t width, int64_t rows, const Broadcast& a, const uint32_t* b, int64_t num,
                        const float* factor = nullptr) {
-    const char* words = static_cast<const char*>(a.data);
-    for (int64_t r0 = 0; r0 < rows; r0 += ROWS, words += a.group, c += ROWS * width) {
+    for (int64_t r0 = 0; r0 < rows; r0 += ROWS, c += ROWS * width) {
         Vec sum[ROWS][NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) {
@@ -61,7 +62,7 @@ inline void accumulate(float* c, int64_t width, int64_t rows, const Broadcast& a
                 if constexpr (START == RESCALE) sum[r][v] = mul(sum[r][v], load(factor + v * W));
             }
         }
-        multiply<F, NV>(sum, words, a.row, a.step, b, num);
+        multiply<F, NV>(sum, a.at(r0), a.row, a.step, b, num);
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
