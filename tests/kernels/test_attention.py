@@ -137,6 +137,24 @@ def test_large_logits_neither_overflow_nor_vanish():
     assert off(o, wanted) < 1e-3 and off(finite(lse), finite(wanted_lse)) < 1e-6
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+def test_tensors_of_any_strides_give_the_same(backend):
+    skip_unless(backend)
+    case = CASES["plain"]
+    layout, tensors = layout_of(case), tensors_of(case)
+    wanted = block_sparse_attention(*tensors, layout, backend=backend)
+    odd = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in tensors]  # last stride is not 1
+    spaced = [torch.zeros(*x.shape[:3], 100)[..., 3:67].copy_(x) for x in tensors]
+    for given in (odd, spaced, [x.expand(2, -1, -1, -1) for x in tensors]):
+        found = block_sparse_attention(*given, layout, backend=backend)
+        assert off(found[:1], wanted) < 1e-6 and torch.equal(found[-1], found[0])
+    leaves = [x.requires_grad_() for x in odd]
+    o = block_sparse_attention(*leaves, layout, backend=backend)
+    right = torch.autograd.grad(block_sparse_attention(*leaves, layout, backend="reference").sum(), leaves)
+    for found, exact in zip(torch.autograd.grad(o.sum(), leaves), right, strict=True):  # d_o has no strides at all
+        assert off(found, exact) < 1e-5
+
+
 def test_reference_and_gather_pass_gradcheck_in_float64():
     case = Case(heads=2, kv_heads=1, q_len=5, kv_len=70, width=3, v_width=2, valid=True)
     layout = layout_of(case)
