@@ -15,7 +15,16 @@ import tempfile
 from pathlib import Path
 
 NATIVE = Path(__file__).parent / "native"
-COMPILE = ("-std=c++17", "-O3", "-fPIC", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized")
+COMPILE = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+)
 LINK = ("-shared", "-pthread")
 AVX2 = ("-mavx2", "-mfma")
 # named one by one: a compiler older than the processor resolves -march=native to an older processor

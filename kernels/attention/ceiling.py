@@ -21,7 +21,9 @@ def register_rate(dtype: str, seconds: float = 0.2) -> float:
     chosen = cpu.VARIANTS.index(cpu.variant())
     rate = cpu.library().attention_register_rate(chosen, cpu.DTYPES[kinds[dtype]], seconds)
     if not rate:
-        raise UserError("dtype", "must be one that the kernel multiplies here", f"{dtype} with {cpu.variant()}", "Use fp32.")
+        raise UserError(
+            "dtype", "must be one that the kernel multiplies here", f"{dtype} with {cpu.variant()}", "Use fp32."
+        )
     return rate
 
 

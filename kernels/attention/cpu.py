@@ -20,7 +20,11 @@ CHOICE = "DIFFDISTILL_CPU_KERNEL"  # environment variable that names one
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 MAX_WIDTH = 256
 REFUSED = {  # what the library answers: argument, constraint, fix
-    2: ("q, k, v", "must have 1 to 2^31 rows and heads, widths of 1 to 256, Hq a multiple of Hkv", "Change the shapes."),
+    2: (
+        "q, k, v",
+        "must have 1 to 2^31 rows and heads, widths of 1 to 256, Hq a multiple of Hkv",
+        "Change the shapes.",
+    ),
     3: ("q, k, v", "must have memory", "Give tensors with data."),
     4: ("layout.block_q, layout.block_k", "must be 64 or 128", "Change the layout."),
     5: ("layout.kv_num", "must lie in [0, width of kv_idx]", "Build the layout again."),
@@ -123,7 +127,7 @@ def backward(
     d_o: [B, Hq, Sq, Dv], d_lse: [B, Hq, Sq] or None: gradients with respect to o and lse; o, lse: what `forward`
     returned. The result does not depend on the number of threads, to the bit. Raises UserError as `forward`.
     """
-    grads = {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in zip("qkv", (q, k, v))}
+    grads = {name: torch.zeros_like(x, memory_format=torch.contiguous_format) for name, x in zip("qkv", (q, k, v), strict=True)}
     if o.numel():
         call = _Arguments(q, k, v, layout, scale, key_bias)
         shape = (*q.shape[:3], v.shape[-1])
@@ -180,7 +184,12 @@ class _Arguments:
 
     def _bias(self, bias: Tensor) -> None:
         batch, heads, length = self.call.batch, self.call.heads, self.call.kv_len
-        if bias.ndim != 3 or bias.shape[0] not in (1, batch) or bias.shape[1] not in (1, heads) or bias.shape[2] != length:
+        if (
+            bias.ndim != 3
+            or bias.shape[0] not in (1, batch)
+            or bias.shape[1] not in (1, heads)
+            or bias.shape[2] != length
+        ):
             wanted = f"must be [1 or {batch}, 1 or {heads}, {length}]"
             raise UserError("key_bias", wanted, tuple(bias.shape), "Give one value per key.")
         bias = bias.float().contiguous()
@@ -221,8 +230,8 @@ def _check_lists(layout: Any, q_len: int, kv_len: int) -> None:
         if x is None and name == "kv_valid":
             continue
         if tuple(x.shape) != shape or x.dtype != torch.int32 or x.device.type != "cpu":
-            given = (tuple(x.shape), x.dtype, str(x.device))
-            raise UserError(f"layout.{name}", f"must be int32 {shape} on the CPU", given, "Build the layout again.")
+            found = (tuple(x.shape), x.dtype, str(x.device))
+            raise UserError(f"layout.{name}", f"must be int32 {shape} on the CPU", found, "Build the layout again.")
 
 
 def _require_shape(shape: tuple[int, ...], **tensors: Tensor) -> None:

@@ -34,7 +34,13 @@ def lists(mask, q_len, kv_len, block_q, block_k, kv_valid=None):
     idx = torch.argsort((~mask).int(), dim=-1, stable=True)[..., : max(1, int(num.max()))]
     idx = torch.where(torch.arange(idx.shape[-1]) < num[..., None], idx, 0)
     return SimpleNamespace(
-        block_q=block_q, block_k=block_k, q_len=q_len, kv_len=kv_len, kv_num=num.int(), kv_idx=idx.int(), kv_valid=kv_valid
+        block_q=block_q,
+        block_k=block_k,
+        q_len=q_len,
+        kv_len=kv_len,
+        kv_num=num.int(),
+        kv_idx=idx.int(),
+        kv_valid=kv_valid,
     )
 
 

@@ -75,9 +75,11 @@ struct Forward {
             if (num <= 0) continue;
             s.keys.set({keys.row(block * c.block_k), keys.stride}, num, words_of<F>(c.width));
             log2_bias(s.bias, c, batch, head, block, num, s.keys.padded);
-            const bool rescale = score(s);
-            exponentiate(s);
-            add_values(s, columns + ((batch * c.kv_heads + kv_head) * num_k + block) * block_words(),
+            const uint32_t* values = columns + ((batch * c.kv_heads + kv_head) * num_k + block) * block_words();
+            const bool rescale = score(s, values);
+            const bool last = n + 1 == c.kv_num[row];
+            exponentiate(s, {keys.row((last ? block : c.kv_idx[row * c.list_max + n + 1]) * c.block_k), keys.stride});
+            add_values(s, values,
                        !started ? ZERO : rescale ? RESCALE : KEEP);
             started = true;
         }
@@ -85,7 +87,8 @@ struct Forward {
     }
 
     // scores of one block, in units of log2, and the new maximum; whether any lane's changed
-    bool score(Scratch& s) const {
+    bool score(Scratch& s, const uint32_t* values) const {
+        const int64_t share = block_words() / c.block_k * ROWS;  // of the values that come next, for each step
         Vec top[NV];
         for (int v = 0; v < NV; ++v) top[v] = all(-__builtin_inff());
         const Vec scale = all(c.scale * LOG2E);
@@ -96,6 +99,7 @@ struct Forward {
 #pragma GCC unroll 8
                 for (int v = 0; v < NV; ++v) sum[r][v] = zero();
             const Broadcast k = s.keys.group(r0);
+            prefetch(values + r0 / ROWS * share, share * 4);
             multiply<F, NV>(sum, static_cast<const char*>(k.data), k.row, 4, s.q, words_of<F>(c.width));
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
@@ -125,11 +129,12 @@ struct Forward {
     static Vec finite(Vec top) { return where_greater(top, all(-__builtin_inff()), top, zero()); }
 
     // scores to probabilities, words for the product with v; adds to the totals, before any rounding
-    void exponentiate(Scratch& s) const {
+    void exponentiate(Scratch& s, WordRows<F> next) const {
         Vec top[NV], total[NV];
 #pragma GCC unroll 8
         for (int v = 0; v < NV; ++v) top[v] = finite(load(s.top + v * W)), total[v] = load(s.total + v * W);
         for (int64_t r = 0; r < s.keys.padded; r += F::PACK) {
+            for (int64_t i = r; i < r + F::PACK; ++i) prefetch(next.row(i), words_of<F>(c.width) * 4);
 #pragma GCC unroll 8
             for (int v = 0; v < NV; ++v) {
                 const float* from = s.scores + r * LANES + v * W;
