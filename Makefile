@@ -10,7 +10,7 @@ PIP_FLAGS ?=
 export ARGS PIP_FLAGS PYTHON310 PYTHON312 PYTHON313 ALLOW_MISSING
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure leaderboard regression test test-slow chaos fuzz versions lint assets clean
+.PHONY: help install quickstart figure leaderboard regression test test-slow chaos fuzz fuzz-kernel versions lint assets clean
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
@@ -20,6 +20,7 @@ help:
 	@echo "                  then make leaderboard-page or regression-page: docs/NAME.md, .csv and .png"
 	@echo "make test         the tests; make test-slow: the long ones"
 	@echo "make chaos        a hundred SIGKILLs at one run, half of them inside saves; make fuzz: 10,200 random command lines"
+	@echo "make fuzz-kernel  random calls of the attention library under AddressSanitizer, for a minute"
 	@echo "make versions     the tests on the oldest libraries, Python 3.12 and 3.13; one: version-oldest"
 	@echo "make lint         ruff and mypy"
 	@echo "make assets       train the shipped networks again: runs/assets"
@@ -71,6 +72,14 @@ chaos: $(STAMP)
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --lines 10000 --real 200 $(ARGS)
+
+# SECONDS_LONG and SEED of the random calls; needs a C++ compiler with sanitizers
+SECONDS_LONG ?= 60
+SEED ?= 0
+fuzz-kernel: $(STAMP)
+	mkdir -p build
+	$(BIN)/python tests/kernels/fuzz_build.py build/fuzz-kernel
+	build/fuzz-kernel $(SECONDS_LONG) $(SEED)
 
 versions:
 	@.ci/versions

@@ -90,6 +90,17 @@ def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tup
     return value, tangent
 
 
+def transforms() -> tuple[str, ...]:
+    """The derivatives being taken here by forward mode ("Jvp") and torch.func ("Jvp", "Grad", "Vmap"), outermost first.
+
+    Operators registered through torch.library have a rule for none: under forward mode their tangent is silently zero.
+    Kernels ask here and answer with a rule of their own.
+    """
+    found = tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
+    plain = torch.autograd.forward_ad._current_level >= 0 and "Jvp" not in found
+    return ("Jvp", *found) if plain else found
+
+
 @functools.cache
 def _load_forward_rules() -> None:
     """torch loads its rules at the first use, through torch.jit, and tells users that torch.jit is deprecated."""

@@ -76,6 +76,12 @@ VERBS = {
         "time the passes of a training step against a null measurement",
         ("bench step 'distillers=[dmd2]' quick=true",),
     ),
+    "bench attention": Verb(
+        "diffdistill.kernels.attention.bench:attention",
+        "bench_attention",
+        "time block-sparse attention against the machine's ceiling and torch",
+        ("bench attention quick=true", "bench attention out=bench.json plot=bench.png"),
+    ),
 }
 
 # Hydra's options that make sense here: None if no value follows, else the values to choose from, () for any.

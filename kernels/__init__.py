@@ -1,1 +1,1 @@
-"""Block-sparse attention kernels will live here; none is shipped yet."""
+"""Kernels of the package's own. `attention`: block-sparse attention."""

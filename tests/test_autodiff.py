@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill import UserError
-from diffdistill.autodiff import CentralDifference, Exact, jvp
+from diffdistill.autodiff import CentralDifference, Exact, jvp, transforms
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
@@ -57,3 +57,21 @@ def test_the_calls_of_a_difference_share_their_dropout_masks() -> None:
 def test_steps_outside_zero_to_one_are_refused(step: float) -> None:
     with pytest.raises(UserError, match=r"step must lie in \(0, 1\)"):
         CentralDifference(step)
+
+
+def test_derivatives_in_progress_are_told_outermost_first() -> None:
+    seen = []
+
+    def noting(x: Tensor) -> Tensor:
+        seen.append(transforms())
+        return x.square().sum()
+
+    x = torch.ones(2)
+    noting(x)
+    jvp(noting, (x,), (x,))
+    torch.func.grad(noting)(x)
+    torch.func.grad(lambda x: torch.func.jvp(noting, (x,), (x,))[1])(x)
+    with torch.autograd.forward_ad.dual_level():
+        noting(x)
+    noting(x)
+    assert seen == [(), ("Jvp",), ("Grad",), ("Grad", "Jvp"), ("Jvp",), ()]

@@ -63,7 +63,7 @@ def expected() -> set[str]:
     for name in source_files():
         top = name.split("/")[0]
         if (top == "diffdistill" and (name.endswith((".py", "py.typed")) or "/assets/" in name)) or (
-            top in ("configs", "kernels") and name.endswith((".py", ".yaml"))
+            top in ("configs", "kernels") and name.endswith((".py", ".yaml", ".cpp", ".h"))
         ):
             names.add(name if top == "diffdistill" else f"diffdistill/{name}")
     return names
@@ -98,6 +98,11 @@ for part in (diffdistill, diffdistill.configs, diffdistill.kernels):
 assert resources.files("diffdistill").joinpath("assets").is_dir()
 assert composed("sample", ["num=3"]).num == 3
 """
+
+
+def test_without_a_compiler_the_sources_of_the_native_library_are_there_and_it_is_not(built):
+    folder = built[2] / "diffdistill" / "kernels" / "attention"
+    assert (folder / "native" / "attention.cpp").is_file() and not list(folder.glob("*.so"))
 
 
 def test_installed_wheel_runs_from_elsewhere(built, tmp_path):

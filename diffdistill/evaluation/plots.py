@@ -14,10 +14,10 @@ from diffdistill.errors import UserError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pdf")
 
 
-def check_picture(path: str | Path) -> None:
-    """Refuse the name of a picture that says no format."""
+def check_picture(path: str | Path, key: str = "out") -> None:
+    """Refuse the name of a picture, given as `key`, that says no format."""
     if Path(path).suffix.lower() not in SUFFIXES:
-        raise UserError("out", f"must end in one of {', '.join(SUFFIXES)}", str(path), "Write out=NAME.png.")
+        raise UserError(key, f"must end in one of {', '.join(SUFFIXES)}", str(path), f"Write {key}=NAME.png.")
 
 
 def _torchvision_utils() -> Any:

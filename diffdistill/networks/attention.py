@@ -1,0 +1,406 @@
+"""Choose how a network's attention is computed: one diffusers processor around the stock one, per role.
+
+The stock processor still projects, normalises, rotates and joins text tokens; what it hands to torch's
+`scaled_dot_product_attention` goes to the chosen attention instead. So Wan, CogVideoX, PixArt, DiT, Flux and any other
+model whose processors end there keep their own arithmetic, and all blocks on gives the stock result.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from diffdistill.errors import UserError
+from diffdistill.kernels.attention import api
+from diffdistill.kernels.attention.layout import BlockLayout
+from diffdistill.networks.call import current_call
+
+
+class Attention(Protocol):
+    """A way to compute softmax(scale q k^T) v.  q, k, v: [B, H, N, D], out [B, H, N, D].
+
+    layout: a block mask, for those that take one.  mask: the processor's own, bool (True: attend) or added to the
+    logits, [B|1, H|1, N|1, N].  cross: whether it takes cross-attention too, which is left dense otherwise.
+    """
+
+    @property
+    def cross(self) -> bool: ...
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        layout: BlockLayout | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor: ...
+
+    def ready(self) -> None:
+        """Raise UserError if it cannot run on this machine."""
+
+    def explain(self) -> str:
+        """What runs, in words."""
+
+
+@dataclass(frozen=True)
+class Sdpa:
+    """torch's fused attention."""
+
+    cross: bool = True
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        layout: BlockLayout | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        _no_layout(self, layout)
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+    def ready(self) -> None:
+        pass
+
+    def explain(self) -> str:
+        return "torch's scaled_dot_product_attention, with the kernel it picks"
+
+
+@dataclass(frozen=True)
+class Math:
+    """torch's attention as single operations: more memory, but a rule for forward mode, which fused kernels lack."""
+
+    cross: bool = True
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        layout: BlockLayout | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        _no_layout(self, layout)
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+    def ready(self) -> None:
+        pass
+
+    def explain(self) -> str:
+        return "torch's scaled_dot_product_attention on its math kernel"
+
+
+@dataclass(frozen=True)
+class Flex:
+    """torch's compiled flex_attention, for inference; the first call of a shape compiles. No masks of tokens."""
+
+    cross: bool = False
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        layout: BlockLayout | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        if mask is not None:
+            raise UserError("attention", "must take the model's mask of tokens", "flex", "Use sdpa or math.")
+        layout = BlockLayout.full(q.shape[2], k.shape[2], device=q.device) if layout is None else layout
+        return api.block_sparse_attention(q, k, v, layout, scale, backend="flex")
+
+    def ready(self) -> None:
+        pass
+
+    def explain(self) -> str:
+        return "torch's flex_attention, compiled"
+
+
+@dataclass(frozen=True)
+class Xformers:
+    """xformers' memory-efficient attention (an optional extra)."""
+
+    cross: bool = True
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        layout: BlockLayout | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        _no_layout(self, layout)
+        self.ready()
+        ops = importlib.import_module("xformers.ops")
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        bias = None if mask is None else _added(mask, q.dtype).expand(*q.shape[:3], k.shape[2])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it takes [B, N, H, D]
+        return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
+
+    def ready(self) -> None:
+        reason = _why_no_xformers()
+        if reason is not None:
+            release = torch.__version__.partition("+")[0]
+            fix = (
+                f"Install the xformers release that was built for torch {release} (its release notes name the torch "
+                "of each), pip install diffdistill[xformers], or use sdpa."
+            )
+            raise UserError("attention", "must be able to load its kernels", f"xformers: {reason}", fix)
+
+    def explain(self) -> str:
+        return "xformers' memory_efficient_attention"
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSparse:
+    """Attention over the blocks of a mask; cross-attention and `dense_layers` stay stock.
+
+    mask: a layout, or a function of (q, k) that gives one, called without gradients; its lengths include joint text
+    tokens.  backend: of `block_sparse_attention`, None takes the rule's.  dense_layers: indices of self-attentions, in
+    the network's order, that are left as they are.  The model's own mask may hide keys, [B|1, H|1, 1, N].
+    """
+
+    mask: BlockLayout | Callable[[Tensor, Tensor], BlockLayout]
+    backend: api.Backend | None = None
+    dense_layers: Sequence[int] = ()
+    cross: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, BlockLayout) and not callable(self.mask):
+            raise UserError("mask", "must be a BlockLayout or a function of (q, k)", repr(self.mask), "Give one.")
+        if self.backend is not None and self.backend not in api.BACKENDS:
+            legal = ", ".join(api.BACKENDS)
+            raise UserError("backend", f"must be one of {legal}, or None", repr(self.backend), "Mend the name.")
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        layout: BlockLayout | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        layout = self._layout(q, k) if layout is None else layout
+        bias = None if mask is None else _key_bias(mask)
+        return api.block_sparse_attention(q, k, v, layout, scale, bias, backend=self.backend)
+
+    def ready(self) -> None:
+        """Raise UserError if the named backend does not run at all."""
+        x = torch.zeros(1, 1, 1, 64)
+        api.explain(x, x, x, BlockLayout.full(1, 1), backend=self.backend)
+
+    def explain(self) -> str:
+        return f"block_sparse_attention, backend {self.backend or 'by its rule'}"
+
+    def _layout(self, q: Tensor, k: Tensor) -> BlockLayout:
+        if isinstance(self.mask, BlockLayout):
+            return self.mask
+        with torch.no_grad():
+            return self.mask(q, k)
+
+
+sdpa, math, flex, xformers = Sdpa(), Math(), Flex(), Xformers()
+
+
+# -- on a network ---------------------------------------------------------------------------------------------
+
+
+def set_attention(network: nn.Module, attention: Attention, roles: Sequence[str] | None = ("student",)) -> None:
+    """Compute the attention of `network`'s diffusers modules by `attention` while one of `roles` calls it.
+
+    roles: others, and calls outside every role, keep the stock processor; None: every call. A second call adds or
+    replaces roles; `restore_attention` takes all away.
+    Raises UserError if `attention` cannot run here, or the network has no attention to set.
+    """
+    if not callable(attention) or not hasattr(attention, "ready"):
+        fix = "Give sdpa, math, flex, xformers or BlockSparse(...) of diffdistill.networks.attention."
+        raise UserError("attention", "must be a value", repr(attention), fix)
+    if isinstance(roles, str) or (roles is not None and not roles):
+        raise UserError("roles", "must be names of roles, or None for every call", repr(roles), "Write ('student',).")
+    attention.ready()
+    sites = _sites(network)
+    chosen = {name: module for name, module in sites.items() if attention.cross or not _is_cross(module)}
+    if not chosen:
+        raise UserError("network", "must have attention modules", type(network).__name__, "Set none on this one.")
+    selves = [name for name, module in sites.items() if not _is_cross(module)]
+    dense = tuple(getattr(attention, "dense_layers", ()))
+    if any(not 0 <= index < len(selves) for index in dense):
+        constraint = f"must be indices of the network's {len(selves)} self-attentions"
+        raise UserError("dense_layers", constraint, list(dense), f"Give numbers from 0 to {len(selves) - 1}.")
+    skipped = {selves[index] for index in dense}
+    for name, module in chosen.items():
+        if name not in skipped:
+            _processor_of(module).by_role.update(dict.fromkeys(roles or (None,), attention))
+
+
+def restore_attention(network: nn.Module) -> None:
+    """Give every attention module its stock processor back."""
+    for module in _sites(network).values():
+        if isinstance(module.processor, RoleAttention):
+            module.set_processor(module.processor.stock)
+
+
+def explain(network: nn.Module) -> dict[str, dict[str, str]]:
+    """Attention module -> role (`every call` for None) -> what runs; of the last call which one ran, under `ran`."""
+    found = {}
+    for name, module in _sites(network).items():
+        processor = module.processor
+        if isinstance(processor, RoleAttention):
+            rows = {role or "every call": attention.explain() for role, attention in processor.by_role.items()}
+            found[name] = {**rows, "ran": processor.ran}
+    return found
+
+
+class RoleAttention:
+    """A diffusers attention processor: the stock one, its attention exchanged for the roles that ask for it.
+
+    by_role: role -> attention; None: every call of a role without one.  ran: what the last call used.
+    """
+
+    def __init__(self, stock: Any) -> None:
+        self.stock = stock
+        self.by_role: dict[str | None, Attention] = {}
+        self.ran = "nothing yet"
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        call = current_call()
+        attention = self.by_role.get(None if call is None else call.role, self.by_role.get(None))
+        if attention is None:
+            self.ran = "the stock processor"
+            return self.stock(*args, **keywords)
+        exchange = _Exchange(attention)
+        with exchange:
+            out = self.stock(*args, **keywords)
+        if not exchange.calls:
+            constraint = "must replace torch's scaled_dot_product_attention, which this processor never calls"
+            fix = "Give the module a processor that does (diffusers' ...2_0, its native attention backend)."
+            raise UserError("attention", constraint, type(self.stock).__name__, fix)
+        self.ran = attention.explain()
+        return out
+
+
+class _Exchange(TorchFunctionMode):
+    """Within the context torch's fused attention is `attention`. calls: how often it was met."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.attention, self.calls = attention, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        return _answer(self.attention, *args, **(kwargs or {}))
+
+
+def _answer(
+    attention: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`attention` on the arguments of torch's function."""
+    if is_causal or dropout_p:
+        found = "is_causal" if is_causal else f"dropout_p={dropout_p}"
+        raise UserError("attention", "must be without causal masks and dropout", found, "Keep the stock processor.")
+    return attention(query, key, value, scale=scale, mask=attn_mask)
+
+
+@functools.cache
+def _processor_class(stock: Any) -> type[RoleAttention]:
+    """RoleAttention with the signature of a stock processor: diffusers drops keywords that it does not find in it."""
+
+    @functools.wraps(stock.__call__)
+    def call(self: RoleAttention, *args: Any, **keywords: Any) -> Any:
+        return RoleAttention.__call__(self, *args, **keywords)
+
+    return type(f"Role{stock.__name__}", (RoleAttention,), {"__call__": call})
+
+
+def _processor_of(module: Any) -> RoleAttention:
+    """The module's processor as ours, around the stock one if it is not yet."""
+    if isinstance(module.processor, RoleAttention):
+        return module.processor
+    if isinstance(module.processor, nn.Module):
+        fix = "Keep its stock attention."
+        raise UserError("network", "must have processors without weights", type(module.processor).__name__, fix)
+    ours = _processor_class(module.processor.__class__)(module.processor)
+    module.set_processor(ours)
+    return ours
+
+
+def _sites(network: nn.Module) -> dict[str, Any]:
+    """The modules with an attention processor, by name."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if hasattr(module, "set_processor") and getattr(module, "processor", None) is not None
+    }
+
+
+def _is_cross(module: Any) -> bool:
+    """Whether queries and keys come from different sequences: not of joint attention, which runs over both."""
+    return bool(getattr(module, "is_cross_attention", False))
+
+
+def _no_layout(attention: Attention, layout: BlockLayout | None) -> None:
+    if layout is not None:
+        name = type(attention).__name__.lower()
+        raise UserError("layout", "must be None for an attention without blocks", name, "Use BlockSparse or flex.")
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as a term of the logits."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
+def _key_bias(mask: Tensor) -> Tensor:
+    """A mask [B|1, H|1, 1, N] as float32 [B|1, H|1, N]."""
+    if mask.ndim != 4 or mask.shape[2] != 1:
+        found = f"a mask {list(mask.shape)}"
+        raise UserError("attention", "must take masks of keys alone, [B, H, 1, N]", found, "Keep the stock processor.")
+    return _added(mask, torch.float32)[:, :, 0].contiguous()
+
+
+@functools.cache
+def _why_no_xformers() -> str | None:
+    """Why xformers cannot run here, or None."""
+    try:
+        importlib.import_module("xformers")
+        ops = importlib.import_module("xformers.ops")
+        importlib.import_module("xformers._cpp_lib")._register_extensions()
+    except Exception as error:  # a binary for another torch fails in many ways
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    return None if hasattr(ops, "memory_efficient_attention") else "it has no memory_efficient_attention"

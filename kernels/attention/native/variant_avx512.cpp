@@ -1,0 +1,32 @@
+// AVX-512, fp32 arithmetic for bf16 tensors as well. Compiled with the flags that build.py lists for this file.
+#include <immintrin.h>
+#include <math.h>
+
+#include "attention.h"
+
+namespace with_avx512 {
+namespace {
+#include "lanes_avx512.h"
+#include "format_f32.h"
+#include "tile.h"
+#include "pack.h"
+#include "forward.h"
+#include "backward.h"
+#include "probe.h"
+
+Status forward(const Call& c) {
+    return c.dtype == BFLOAT16 ? Forward<F32, uint16_t, 4>::run(c) : Forward<F32, float, 4>::run(c);
+}
+
+Status backward(const Call& c, const QueryLists& lists) {
+    return c.dtype == BFLOAT16 ? Backward<F32, uint16_t, 4>::run(c, lists) : Backward<F32, float, 4>::run(c, lists);
+}
+
+double multiply_adds(int32_t, int64_t rounds) { return register_multiply_adds<F32>(rounds); }
+
+int64_t register_flops(int32_t dtype) { return dtype == FLOAT32 ? flops_of_round<F32>() : 0; }
+}  // namespace
+}  // namespace with_avx512
+
+const Variant avx512{"avx512", with_avx512::forward, with_avx512::backward, with_avx512::multiply_adds, with_avx512::register_flops,
+                 with_avx512::read_all};

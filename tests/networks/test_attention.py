@@ -1,0 +1,318 @@
+"""The chosen attention inside diffusers models: all blocks on is the stock result, roles, backends, refusals."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+
+import diffusers
+import pytest
+import torch
+
+from diffdistill.autodiff import jvp
+from diffdistill.errors import UserError
+from diffdistill.kernels.attention.api import recorded_backends
+from diffdistill.kernels.attention.layout import BlockLayout
+from diffdistill.networks import attention
+from diffdistill.networks.attention import BlockSparse, explain, restore_attention, set_attention
+from diffdistill.networks.call import Call, checkpointed, enter
+
+
+def wan():
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
+        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 3, 12, 12),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": torch.randn(2, 5, 16),
+    }
+    return model, inputs, 108
+
+
+def cogvideox():
+    model = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=8,
+        num_layers=2, sample_width=16, sample_height=16, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
+        max_text_seq_length=6, use_rotary_positional_embeddings=True,
+    )  # fmt: skip
+    angles = torch.rand(192, 16)
+    inputs = {
+        "hidden_states": torch.randn(2, 3, 4, 16, 16),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": torch.randn(2, 6, 8),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+    return model, inputs, 192 + 6
+
+
+def pixart():
+    model = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=32, sample_size=24, patch_size=2, caption_channels=8, use_additional_conditions=False,
+        norm_num_groups=4,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 24, 24),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": torch.randn(2, 5, 8),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    return model, inputs, 144
+
+
+def dit():
+    model = diffusers.DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=24,
+        patch_size=2, norm_num_groups=4, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 24, 24),
+        "timestep": torch.tensor([3, 7]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    return model, inputs, 144
+
+
+def flux():
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), guidance_embeds=False,
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(2, 140, 4),
+        "encoder_hidden_states": torch.randn(2, 7, 8),
+        "pooled_projections": torch.randn(2, 8),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_ids": torch.randint(12, (140, 3)).float(),
+        "txt_ids": torch.zeros(7, 3),
+    }
+    return model, inputs, 147
+
+
+MODELS = {f.__name__: f for f in (wan, cogvideox, pixart, dit, flux)}
+SELF = {"wan": 2, "cogvideox": 2, "pixart": 2, "dit": 2, "flux": 2}  # self- or joint attentions of each
+
+
+def made(name):
+    torch.manual_seed(0)
+    model, inputs, tokens = MODELS[name]()
+    for parameter in model.parameters():  # some blocks start as identities
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False), inputs, tokens
+
+
+def out(model, inputs):
+    return model(**inputs, return_dict=False)[0]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_blocks_on_is_the_stock_processor(name):
+    model, inputs, tokens = made(name)
+    stock = out(model, inputs)
+    full = BlockLayout.full(tokens, tokens)
+    set_attention(model, BlockSparse(full), roles=None)
+    with recorded_backends() as ran:
+        torch.testing.assert_close(out(model, inputs), stock, rtol=1e-4, atol=1e-5)
+    assert len(ran) == SELF[name]  # cross-attention is left dense
+    report = explain(model)
+    assert len(report) == SELF[name] and all("block_sparse" in row["ran"] for row in report.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_sparse_layout_changes_the_result_and_is_removed_again(name):
+    model, inputs, tokens = made(name)
+    stock = out(model, inputs)
+    processors = {n: type(m.processor) for n, m in model.named_modules() if hasattr(m, "processor")}
+    num = BlockLayout.full(tokens, tokens, 64, 64).num_q
+    layout = BlockLayout.from_mask(torch.eye(num, dtype=torch.bool), tokens, tokens, 64, 64)
+    set_attention(model, BlockSparse(lambda q, k: layout), roles=None)
+    assert (out(model, inputs) - stock).abs().max() > 1e-3
+    restore_attention(model)
+    assert {n: type(m.processor) for n, m in model.named_modules() if hasattr(m, "processor")} == processors
+    assert torch.equal(out(model, inputs), stock)
+    assert not explain(model)
+
+
+@pytest.mark.parametrize("name", ["wan", "pixart"])
+def test_sdpa_and_math_take_cross_attention_with_its_mask_too(name):
+    model, inputs, _ = made(name)
+    stock = out(model, inputs)
+    for value, exact in ((attention.sdpa, True), (attention.math, False)):
+        set_attention(model, value, roles=None)
+        found = out(model, inputs)
+        assert torch.equal(found, stock) if exact else torch.allclose(found, stock, rtol=1e-4, atol=1e-5)
+        assert len(explain(model)) == 4
+        assert all(row["ran"] == value.explain() for row in explain(model).values())
+
+
+def test_math_and_block_sparse_have_a_rule_for_forward_mode_and_agree():
+    model, inputs, tokens = made("dit")
+    x = inputs.pop("hidden_states")
+
+    def network(x):
+        return out(model, {**inputs, "hidden_states": x})
+
+    with pytest.raises(Exception, match="forward"):
+        torch.func.jvp(network, (x,), (torch.ones_like(x),))
+    set_attention(model, attention.math, roles=None)
+    wanted = torch.func.jvp(network, (x,), (torch.ones_like(x),))[1]
+    set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens)), roles=None)
+    torch.testing.assert_close(jvp(network, (x,), (torch.ones_like(x),))[1], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_named_roles_are_changed():
+    model, inputs, tokens = made("dit")
+    stock = out(model, inputs)
+    half = BlockLayout.from_mask(torch.eye(2, dtype=torch.bool), tokens, tokens)
+    set_attention(model, BlockSparse(half))
+    set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), backend="reference"), roles=("fake_score",))
+    assert torch.equal(out(model, inputs), stock)
+    assert all(row["ran"] == "the stock processor" for row in explain(model).values())
+    with enter(Call("teacher")):
+        assert torch.equal(out(model, inputs), stock)
+    with enter(Call("student")):
+        assert not torch.allclose(out(model, inputs), stock, atol=1e-3)
+    with enter(Call("fake_score")), recorded_backends() as ran:
+        torch.testing.assert_close(out(model, inputs), stock, rtol=1e-4, atol=1e-5)
+    assert ran == ["reference", "reference"]
+    assert set(next(iter(explain(model).values()))) == {"student", "fake_score", "ran"}
+
+
+def test_a_network_can_be_copied_and_saved_with_its_attention(tmp_path):
+    model, inputs, tokens = made("dit")
+    set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens)), roles=None)
+    wanted = out(model, inputs)
+    double = copy.deepcopy(model)
+    assert torch.equal(out(double, inputs), wanted)
+    restore_attention(double)
+    assert explain(model) and not explain(double)
+    model.save_pretrained(tmp_path)
+    again = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(out(again, inputs), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_pass_and_checkpointing_repeats_the_roles_attention():
+    model, inputs, tokens = made("dit")
+    half = BlockLayout.from_mask(torch.eye(2, dtype=torch.bool), tokens, tokens)
+    set_attention(model, BlockSparse(half))
+
+    def gradient():
+        x = inputs["hidden_states"].clone().requires_grad_()
+        with enter(Call("student")):
+            loss = out(model, {**inputs, "hidden_states": x}).square().sum()
+        return torch.autograd.grad(loss, x)[0]
+
+    plain = gradient()
+    model.enable_gradient_checkpointing(checkpointed)
+    with recorded_backends() as ran:
+        torch.testing.assert_close(gradient(), plain)
+    assert len(ran) == 4  # two blocks, each twice
+
+
+def test_layers_named_dense_stay_stock():
+    model, inputs, tokens = made("wan")
+    set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), dense_layers=(0,)), roles=None)
+    assert list(explain(model)) == ["blocks.1.attn1"]
+    with pytest.raises(UserError, match="dense_layers must be indices of the network's 2 self-attentions"):
+        set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), dense_layers=(2,)))
+
+
+def test_a_processor_that_never_calls_torchs_attention_is_refused():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    model, inputs, tokens = made("dit")
+    for block in model.transformer_blocks:
+        block.attn1.set_processor(AttnProcessor())
+    set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens)), roles=None)
+    with pytest.raises(UserError, match="attention must replace .* AttnProcessor"):
+        out(model, inputs)
+
+
+def test_masks_of_tokens_become_a_bias_of_keys_or_are_refused():
+    q, k, v = (torch.randn(2, 2, 64, 16) for _ in range(3))
+    layout = BlockLayout.full(64, 64)
+    keys = torch.rand(2, 1, 1, 64) < 0.7
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, keys)
+    torch.testing.assert_close(BlockSparse(layout)(q, k, v, mask=keys), wanted, rtol=1e-4, atol=1e-5)
+    added = torch.zeros(keys.shape).masked_fill(~keys, -torch.inf)
+    torch.testing.assert_close(BlockSparse(layout)(q, k, v, mask=added), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="attention must take masks of keys alone"):
+        BlockSparse(layout)(q, k, v, mask=torch.ones(1, 1, 64, 64, dtype=torch.bool))
+    with pytest.raises(UserError, match="attention must take the model's mask of tokens, got flex"):
+        attention.flex(q, k, v, mask=keys)
+    with pytest.raises(UserError, match="attention must be without causal masks and dropout"):
+        attention._answer(attention.sdpa, q, k, v, is_causal=True)
+    for value in (attention.sdpa, attention.math):
+        with pytest.raises(UserError, match="layout must be None for an attention without blocks"):
+            value(q, k, v, layout=layout)
+
+
+@pytest.mark.slow
+def test_flex_is_the_stock_result_in_inference():
+    model, inputs, _ = made("dit")
+    stock = out(model, inputs)
+    set_attention(model, attention.flex, roles=None)
+    with recorded_backends() as ran:
+        torch.testing.assert_close(out(model, inputs), stock, rtol=1e-4, atol=1e-5)
+    assert ran == ["flex", "flex"]
+
+
+@pytest.mark.slow
+def test_a_compiled_network_keeps_its_attention():
+    model, inputs, tokens = made("dit")
+    set_attention(model, BlockSparse(BlockLayout.from_mask(torch.eye(2, dtype=torch.bool), tokens, tokens)), roles=None)
+    wanted = out(model, inputs)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs, return_dict=False)[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_xformers_that_does_not_load_names_the_build_that_fits(monkeypatch):
+    attention._why_no_xformers.cache_clear()
+    monkeypatch.setitem(sys.modules, "xformers", None)
+    model, _, _ = made("dit")
+    release = torch.__version__.partition("+")[0]
+    with pytest.raises(UserError, match=f"attention must be able to load its kernels.*built for torch {release}"):
+        set_attention(model, attention.xformers)
+    assert not explain(model)
+    attention._why_no_xformers.cache_clear()
+
+
+def test_xformers_is_handed_tokens_before_heads(monkeypatch):
+    """Its binary is not needed: a module of its name that computes by torch's attention."""
+
+    def efficient(q, k, v, attn_bias=None, scale=None):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_bias, scale=scale).transpose(1, 2)
+
+    names = ("xformers", "xformers.ops", "xformers._cpp_lib")
+    modules = {name: types.ModuleType(name) for name in names}
+    modules["xformers.ops"].memory_efficient_attention = efficient
+    modules["xformers._cpp_lib"]._register_extensions = lambda: None
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    attention._why_no_xformers.cache_clear()
+    model, inputs, _ = made("pixart")
+    stock = out(model, inputs)
+    set_attention(model, attention.xformers, roles=None)
+    torch.testing.assert_close(out(model, inputs), stock, rtol=1e-4, atol=1e-5)
+    attention._why_no_xformers.cache_clear()
+
+
+def test_what_is_no_attention_is_refused():
+    model, _, tokens = made("dit")
+    full = BlockLayout.full(tokens, tokens)
+    with pytest.raises(UserError, match="attention must be a value, got 'math'"):
+        set_attention(model, "math")
+    with pytest.raises(UserError, match="roles must be names of roles"):
+        set_attention(model, attention.math, roles="student")
+    with pytest.raises(UserError, match="network must have attention modules, got Linear"):
+        set_attention(torch.nn.Linear(2, 2), attention.math)
+    with pytest.raises(UserError, match="mask must be a BlockLayout or a function"):
+        BlockSparse(0.1)
+    with pytest.raises(UserError, match="backend must be one of"):
+        BlockSparse(full, backend="triton")
