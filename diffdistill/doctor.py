@@ -25,7 +25,7 @@ EXTRAS = {"xformers": ("xformers",), "notebooks": ("jupyterlab", "nbclient"), "d
 
 
 def doctor(run: str | None) -> dict[str, Any]:
-    """Print and return versions, devices, kernels, extras and cache places."""
+    """Print and return versions, devices, kernels, extras and cache places; may compile the native kernel."""
     if run is not None:
         raise UserError("run", "is not looked at yet: doctor reports on the environment only", run, "Leave run out.")
     report = {
@@ -64,10 +64,11 @@ def _devices() -> dict[str, str]:
 
 
 def _kernels() -> dict[str, str]:
-    import diffdistill.kernels as kernels
+    from diffdistill.kernels.attention import cpu
 
-    names = sorted(p.stem for p in Path(kernels.__path__[0]).glob("*/*.py") if not p.stem.startswith("_"))
-    return {"block-sparse attention": ", ".join(names) or "none shipped", "c++ compiler": shutil.which("c++") or "none"}
+    missing = cpu.why_not()  # the first look may compile it
+    found = f"native, {cpu.variant()}" if missing is None else f"torch only: {missing}"
+    return {"block-sparse attention": found, "c++ compiler": shutil.which("c++") or "none"}
 
 
 def _extra(names: tuple[str, ...]) -> str:

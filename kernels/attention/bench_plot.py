@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffdistill.evaluation.plots import check_picture
 from diffdistill.kernels.attention.bench_runners import Group
+
+from diffdistill.evaluation.plots import check_picture
 
 if TYPE_CHECKING:
     from diffdistill.kernels.attention.bench import Ceiling, Measured

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from diffdistill.kernels.attention.layout import BlockLayout
+from torch import Tensor
 
 SCORES = 2**24  # of one chunk: 64 MiB in float32
 

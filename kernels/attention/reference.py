@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from diffdistill.kernels.attention.layout import BlockLayout
+from torch import Tensor
 
 
 def attention(
