@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffdistill.kernels.attention import build
 from torch import Tensor
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention import build
 
 VARIANTS = ("avx512_bf16", "avx512", "avx2")  # best first, as the library numbers them
 CHOICE = "DIFFDISTILL_CPU_KERNEL"  # environment variable that names one
@@ -127,10 +127,9 @@ def backward(
     d_o: [B, Hq, Sq, Dv], d_lse: [B, Hq, Sq] or None: gradients with respect to o and lse; o, lse: what `forward`
     returned. The result does not depend on the number of threads, to the bit. Raises UserError as `forward`.
     """
-    grads = {
-        name: torch.zeros_like(x, memory_format=torch.contiguous_format)
-        for name, x in zip("qkv", (q, k, v), strict=True)
-    }
+    # the library writes every element; filling them here would leave torch's threads spinning beside its own
+    new = torch.empty_like if o.numel() else torch.zeros_like
+    grads = {name: new(x, memory_format=torch.contiguous_format) for name, x in zip("qkv", (q, k, v), strict=True)}
     if o.numel():
         call = _Arguments(q, k, v, layout, scale, key_bias)
         shape = (*q.shape[:3], v.shape[-1])

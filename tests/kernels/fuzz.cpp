@@ -79,7 +79,8 @@ void fill_lists(Call& c, Memory& m) {
         num[row] = 0;
         for (int64_t block = 0; block < num_k && num[row] < c.list_max; ++block)
             if (chance(0.6)) idx[row * c.list_max + num[row]++] = static_cast<int32_t>(block);
-        for (int64_t i = num[row]; i < c.list_max; ++i) idx[row * c.list_max + i] = static_cast<int32_t>(draw(-1000000000, 1000000000));
+        for (int64_t i = num[row]; i < c.list_max; ++i)
+            idx[row * c.list_max + i] = static_cast<int32_t>(draw(-1000000000, 1000000000));
     }
     c.kv_num = num, c.kv_idx = idx;
     if (chance(0.5)) {
@@ -138,10 +139,13 @@ bool spoil(Call& c) {
     switch (draw(0, 11)) {
         case 0: num[row] = static_cast<int32_t>(one_of({-1, c.list_max + 1, 2147483647LL, -2147483648LL})); return true;
         case 1: if (!num[row]) return false; idx[row * c.list_max + draw(0, num[row] - 1)] = far; return true;
-        case 2: if (num[row] < 2) return false; std::swap(idx[row * c.list_max], idx[row * c.list_max + 1]); return true;
+        case 2: if (num[row] < 2) return false;
+            std::swap(idx[row * c.list_max], idx[row * c.list_max + 1]);
+            return true;
         case 3: if (num[row] < 2) return false; idx[row * c.list_max + 1] = idx[row * c.list_max]; return true;
         case 4: if (!c.kv_valid) return false;
-            const_cast<int32_t*>(c.kv_valid)[draw(0, num_k - 1)] = static_cast<int32_t>(one_of({-1, c.block_k + 1, 2147483647LL}));
+            const_cast<int32_t*>(c.kv_valid)[draw(0, num_k - 1)] =
+                static_cast<int32_t>(one_of({-1, c.block_k + 1, 2147483647LL}));
             return true;
         case 5: (chance(0.5) ? c.block_q : c.block_k) = one_of({0, -64, 1, 32, 63, 192, 256}); return true;
         case 6: (chance(0.5) ? c.width : c.v_width) = one_of({0, -1, 257, int64_t{1} << 62}); return true;
@@ -167,10 +171,11 @@ int main(int argc, char** argv) {
             ++refused;
             continue;
         }
-        if (int32_t status = attention_forward(&c)) return std::printf("a valid forward call was refused: %d\n", status), 1;
-        if (int32_t status = attention_backward(&c)) return std::printf("a valid backward call was refused: %d\n", status), 1;
+        int32_t status = attention_forward(&c);
+        if (!status) status = attention_backward(&c);
+        if (status) return std::printf("a valid call was refused: %d\n", status), 1;
         ++valid;
     }
-    std::printf("%lld valid calls, %lld malformed ones refused\n", static_cast<long long>(valid), static_cast<long long>(refused));
+    std::printf("%ld valid calls, %ld malformed ones refused\n", static_cast<long>(valid), static_cast<long>(refused));
     return 0;
 }

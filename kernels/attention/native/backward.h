@@ -40,7 +40,9 @@ struct Backward {
         return c.block_q / LANES * tile_words() + (columns(c.width) + columns(c.v_width)) * block_rows();
     }
     int64_t block_rows() const { return c.block_q / F::PACK; }
-    int64_t slot(int64_t split, int64_t head, int64_t tile) const { return (split * wave * group + head) * tiles + tile; }
+    int64_t slot(int64_t split, int64_t head, int64_t tile) const {
+        return (split * wave * group + head) * tiles + tile;
+    }
 
     Tile tile_at(int64_t head, int64_t block, int64_t tile) const {
         Tile t;
@@ -55,7 +57,9 @@ struct Backward {
     uint32_t* q_rows(int64_t head, int64_t block) const {
         return tile_at(head, block, c.block_q / LANES).q_lanes;
     }
-    uint32_t* g_rows(int64_t head, int64_t block) const { return q_rows(head, block) + columns(c.width) * block_rows(); }
+    uint32_t* g_rows(int64_t head, int64_t block) const {
+        return q_rows(head, block) + columns(c.width) * block_rows();
+    }
 
     static Status run(const Call& c, const QueryLists& lists) {
         const int64_t heads = c.batch * c.kv_heads, num_k = ceil_div(c.kv_len, c.block_k);
@@ -63,9 +67,8 @@ struct Backward {
         if (splits > num_k) splits = num_k;
         int64_t wave = ceil_div(2 * c.threads, splits);
         if (wave > heads) wave = heads;
-        Backward b{c,      lists, ceil_div(c.q_len, c.block_q), num_k, ceil_div(c.q_len, c.block_q) * (c.block_q / LANES), c.heads / c.kv_heads,
-                   splits, 0,     wave,                         {},    {},                       {},
-                   {}};
+        const int64_t num_q = ceil_div(c.q_len, c.block_q), tiles_of_head = num_q * (c.block_q / LANES);
+        Backward b{c, lists, num_q, num_k, tiles_of_head, c.heads / c.kv_heads, splits, 0, wave, {}, {}, {}, {}};
         const int64_t local_heads = wave * b.group, slots = splits * local_heads * b.tiles;
         b.packed = static_cast<uint32_t*>(allocate(local_heads * b.num_q * b.block_words() * 4));
         b.sums = static_cast<float*>(allocate(slots * columns(c.width) * LANES * 4));
@@ -110,7 +113,8 @@ struct Backward {
 
     static float dot(const In* a, const In* b, int64_t width) {
         Vec sum = zero();
-        for (int64_t d = 0; d < width; d += W) sum = fma(load_first(a + d, width - d), load_first(b + d, width - d), sum);
+        for (int64_t d = 0; d < width; d += W)
+            sum = fma(load_first(a + d, width - d), load_first(b + d, width - d), sum);
         alignas(64) float parts[W];
         store(parts, sum);
         for (int64_t i = 1; i < W; ++i) parts[0] += parts[i];
@@ -184,7 +188,8 @@ struct Backward {
         rows.set({reinterpret_cast<const char*>(copy), round_up(words_of<F>(width), W) * 4}, num, words_of<F>(width));
     }
 
-    static void product(Vec (&sum)[ROWS][NV], const KeyRows<F>& rows, int64_t r0, const uint32_t* lanes, int64_t words) {
+    static void product(Vec (&sum)[ROWS][NV], const KeyRows<F>& rows, int64_t r0, const uint32_t* lanes,
+                        int64_t words) {
 #pragma GCC unroll 8
         for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
@@ -283,7 +288,8 @@ struct Backward {
         if (!touched[slot(0, i / tiles, i % tiles)]) __builtin_memset(total, 0, size * 4);
         for (int64_t split = 1; split < splits; ++split) {
             const int64_t at = slot(split, i / tiles, i % tiles);
-            for (int64_t n = 0; n < size && touched[at]; n += W) store(total + n, add(load(total + n), load(sums + at * size + n)));
+            for (int64_t n = 0; n < size && touched[at]; n += W)
+                store(total + n, add(load(total + n), load(sums + at * size + n)));
         }
         alignas(64) float factor[LANES];
         for (int64_t lane = 0; lane < LANES; ++lane) factor[lane] = c.scale;

@@ -32,7 +32,8 @@ struct Forward {
         f.copies = copy ? static_cast<uint32_t*>(allocate(heads * c.kv_len * f.k_words() * 4)) : nullptr;
         const bool ready = f.columns && f.scratch && (f.copies || !copy);
         if (ready) {
-            run_parallel(heads * f.num_k, c.threads, [](void* x, int64_t i, int64_t) { static_cast<Forward*>(x)->prepare(i); }, &f);
+            run_parallel(heads * f.num_k, c.threads,
+                         [](void* x, int64_t i, int64_t) { static_cast<Forward*>(x)->prepare(i); }, &f);
             run_parallel(c.batch * c.heads * f.tiles, c.threads,
                          [](void* x, int64_t i, int64_t worker) { static_cast<Forward*>(x)->tile(i, worker); }, &f);
         }
@@ -47,13 +48,13 @@ struct Forward {
         pack_columns<F>(columns + i * block_words(), head_of<In>(c.v, batch, kv_head), begin, end, c.v_width,
                         c.block_k / F::PACK);
         if (copies)
-            copy_rows<F>(copies + (i / num_k * c.kv_len + begin) * k_words(), head_of<In>(c.k, batch, kv_head), begin, end,
-                         c.width);
+            copy_rows<F>(copies + (i / num_k * c.kv_len + begin) * k_words(), head_of<In>(c.k, batch, kv_head),
+                         begin, end, c.width);
     }
 
     WordRows<F> keys_of(int64_t batch, int64_t kv_head) const {
-        if (copies)
-            return {reinterpret_cast<char*>(copies + (batch * c.kv_heads + kv_head) * c.kv_len * k_words()), k_words() * 4};
+        const int64_t before = (batch * c.kv_heads + kv_head) * c.kv_len * k_words();
+        if (copies) return {reinterpret_cast<const char*>(copies + before), k_words() * 4};
         const auto k = head_of<In>(c.k, batch, kv_head);
         return {reinterpret_cast<const char*>(k.data), k.stride * static_cast<int64_t>(sizeof(In))};
     }
@@ -165,7 +166,8 @@ struct Forward {
         for (int64_t lane = 0; lane < LANES; ++lane) {
             const bool empty = s.total[lane] == 0;
             s.factor[lane] = empty ? 0 : 1 / s.total[lane];
-            if (begin + lane < end) lse[begin + lane] = empty ? -__builtin_inff() : LN2 * (s.top[lane] + log2f(s.total[lane]));
+            if (begin + lane >= end) continue;
+            lse[begin + lane] = empty ? -__builtin_inff() : LN2 * (s.top[lane] + log2f(s.total[lane]));
         }
         auto o = head_of<In>(c.o, batch, head);
         unpack_lanes<NV>(Head<In>{o.row(begin), o.stride}, s.sums, end - begin, c.v_width, s.factor);

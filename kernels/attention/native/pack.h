@@ -38,8 +38,8 @@ void pack_lanes(uint32_t* to, Head<In> x, int64_t begin, int64_t end, int64_t wi
     }
 }
 
-// Rows [begin, end) contracted, columns broadcast: for each panel of W columns [num][W] words; rows and columns past the
-// end are zeros
+// Rows [begin, end) contracted, columns broadcast: for each panel of W columns [num][W] words; rows and columns past
+// the end are zeros
 template <class F, class In>
 void pack_columns(uint32_t* to, Head<In> x, int64_t begin, int64_t end, int64_t width, int64_t num) {
     for (int64_t p = 0; p < num; ++p) {
@@ -77,7 +77,8 @@ void pack_contracted(uint32_t* to, Head<In> x, int64_t begin, int64_t end, int64
 template <class F, class In>
 void copy_rows(uint32_t* to, Head<In> x, int64_t begin, int64_t end, int64_t width) {
     for (int64_t i = begin; i < end; ++i) {
-        for (int64_t p = 0; p < words_of<F>(width); p += W) store(floats(to) + p, F::along(x.row(i), p * F::PACK, width));
+        for (int64_t p = 0; p < words_of<F>(width); p += W)
+            store(floats(to) + p, F::along(x.row(i), p * F::PACK, width));
         to += round_up(words_of<F>(width), W);
     }
 }
@@ -146,7 +147,8 @@ inline int64_t keys_in(const Call& c, int64_t block) {
 constexpr float LOG2E = 1.44269504088896f, LN2 = 0.693147180559945f;
 
 // The keys' bias in units of log2, -inf for those that complete the last group
-inline void log2_bias(float* to, const Call& c, int64_t batch, int64_t head, int64_t block, int64_t num, int64_t padded) {
+inline void log2_bias(float* to, const Call& c, int64_t batch, int64_t head, int64_t block, int64_t num,
+                      int64_t padded) {
     const float* bias = c.bias ? c.bias + batch * c.bias_batch + head * c.bias_head + block * c.block_k : nullptr;
     for (int64_t i = 0; i < num; ++i) to[i] = bias ? bias[i] * LOG2E : 0.f;
     for (int64_t i = num; i < padded; ++i) to[i] = -__builtin_inff();

@@ -52,7 +52,8 @@ inline void prefetch(const void* data, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
 }
 
-enum Start { ZERO, KEEP, RESCALE };  // what the sums are before: nothing, themselves, themselves times a factor per lane
+// What the sums are before: nothing, themselves, themselves times a factor per lane
+enum Start { ZERO, KEEP, RESCALE };
 
 // c += a b for `rows` rows, a multiple of ROWS; c: rows of `width` floats, of which NV * W are written
 template <class F, int NV, Start START>

@@ -28,5 +28,5 @@ int64_t register_flops(int32_t dtype) { return dtype == FLOAT32 ? flops_of_round
 }  // namespace
 }  // namespace with_avx512
 
-const Variant avx512{"avx512", with_avx512::forward, with_avx512::backward, with_avx512::multiply_adds, with_avx512::register_flops,
-                 with_avx512::read_all};
+const Variant avx512{"avx512", with_avx512::forward, with_avx512::backward, with_avx512::multiply_adds,
+                     with_avx512::register_flops, with_avx512::read_all};
