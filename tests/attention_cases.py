@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
+
 from diffdistill.kernels.attention import api, reference
 from diffdistill.kernels.attention.layout import BlockLayout, count
-from torch import Tensor
 
 
 @dataclass(frozen=True)

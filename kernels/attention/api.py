@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffdistill.kernels.attention import cpu, flex, gather, reference
-from diffdistill.kernels.attention.layout import BlockLayout, described
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from diffdistill.autodiff import transforms
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention import cpu, flex, gather, reference
+from diffdistill.kernels.attention.layout import BlockLayout, described
 
 Backend = Literal["reference", "cpu", "flex", "gather"]
 BACKENDS: tuple[Backend, ...] = ("cpu", "gather", "flex", "reference")

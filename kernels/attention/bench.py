@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffdistill.kernels.attention import ceiling, cpu
-from diffdistill.kernels.attention.bench_floors import Floor, floors
-from diffdistill.kernels.attention.bench_plot import plot_rates
-from diffdistill.kernels.attention.bench_runners import Group, Runner, runners
-from diffdistill.kernels.attention.bench_threads import Scaling, scaling
 from rich.console import Console
 from rich.table import Table
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.plots import check_picture
+from diffdistill.kernels.attention import ceiling, cpu
+from diffdistill.kernels.attention.bench_floors import Floor, floors
+from diffdistill.kernels.attention.bench_plot import plot_rates
+from diffdistill.kernels.attention.bench_runners import Group, Runner, runners
+from diffdistill.kernels.attention.bench_threads import Scaling, scaling
 from diffdistill.machine import machine
 
 SCHEMA = 1

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffdistill.kernels.attention.bench_runners import Group
-
 from diffdistill.evaluation.plots import check_picture
+from diffdistill.kernels.attention.bench_runners import Group
 
 if TYPE_CHECKING:
     from diffdistill.kernels.attention.bench import Ceiling, Measured

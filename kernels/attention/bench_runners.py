@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from diffdistill.kernels.attention import cpu, flex, gather
 from diffdistill.kernels.attention.layout import BlockLayout, count
-from torch import Tensor
 
 BLOCK = 128
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+
 from diffdistill.kernels.attention.bench_runners import Group, Runner, runners
 
 LENGTH, WIDTH, DENSITY = 16384, 128, 0.3

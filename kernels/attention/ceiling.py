@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from diffdistill.kernels.attention import cpu
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention import cpu
 
 READ_BYTES = 1 << 28  # well past any cache that one core fills
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffdistill.kernels.attention.layout import BlockLayout, count, dense, described
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention.layout import BlockLayout, count, dense, described
 
 
 def to_bcsr(layout: BlockLayout) -> tuple[Tensor, Tensor]:

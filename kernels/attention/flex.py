@@ -12,11 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffdistill.kernels.attention.converters import to_flex
-from diffdistill.kernels.attention.layout import BlockLayout
 from torch import Tensor
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention.converters import to_flex
+from diffdistill.kernels.attention.layout import BlockLayout
 
 
 def why_not(q: Tensor, layout: BlockLayout, key_bias: Tensor | None, return_lse: bool, gradient: bool) -> str | None:

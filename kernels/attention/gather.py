@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffdistill.kernels.attention.layout import BlockLayout
 from torch import Tensor
+
+from diffdistill.kernels.attention.layout import BlockLayout
 
 SCORES = 2**24  # of one chunk: 64 MiB in float32
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from diffdistill.kernels.attention.layout import BlockLayout
 from torch import Tensor
+
+from diffdistill.kernels.attention.layout import BlockLayout
 
 
 def attention(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import CASES, Case, bias_of, finite, layout_of, oracle, skip_unless, tensors_of
-from diffdistill.kernels.attention import api, flex, gather
-from diffdistill.kernels.attention.api import block_sparse_attention, explain, recorded_backends
-from diffdistill.kernels.attention.layout import BlockLayout
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.autodiff import jvp
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention import api, flex, gather
+from diffdistill.kernels.attention.api import block_sparse_attention, explain, recorded_backends
+from diffdistill.kernels.attention.layout import BlockLayout
 
 KERNELS = ("cpu", "gather")
 TIGHT = {torch.float32: 3e-6, torch.float64: 1e-13}

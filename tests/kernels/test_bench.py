@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 from attention_cases import skip_unless
+
+from diffdistill.errors import UserError
 from diffdistill.kernels.attention import bench, bench_threads, cpu
 from diffdistill.kernels.attention.bench_floors import floors
 from diffdistill.kernels.attention.bench_runners import Group, layout_of, runners
 from diffdistill.kernels.attention.bench_threads import Scaling
-
-from diffdistill.errors import UserError
 
 
 def measured(**changes):

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffdistill.kernels.attention import build, ceiling, cpu
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention import build, ceiling, cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason=f"no cpu kernel: {cpu.why_not()}")
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 from attention_cases import CASES, layout_of
-from diffdistill.kernels.attention.converters import from_bcsr, from_flex, to_bcsr, to_flex
-from diffdistill.kernels.attention.layout import BlockLayout
 from torch.nn.attention.flex_attention import create_block_mask
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention.converters import from_bcsr, from_flex, to_bcsr, to_flex
+from diffdistill.kernels.attention.layout import BlockLayout
 
 
 def same(a, b):

@@ -9,11 +9,11 @@ import types
 import diffusers
 import pytest
 import torch
-from diffdistill.kernels.attention.api import recorded_backends
-from diffdistill.kernels.attention.layout import BlockLayout
 
 from diffdistill.autodiff import jvp
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention.api import recorded_backends
+from diffdistill.kernels.attention.layout import BlockLayout
 from diffdistill.networks import attention
 from diffdistill.networks.attention import BlockSparse, explain, restore_attention, set_attention
 from diffdistill.networks.call import Call, checkpointed, enter
