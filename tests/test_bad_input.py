@@ -194,6 +194,7 @@ ANY_VALUE = {
     "trainable": "both are legal, false only where no weights are copied",
     "fused": "both are legal",
     "adaptive": "both are legal",
+    "mismatched": "both are legal",
     "unconditional": "the shipped teacher has a null class: both are legal",
 }
 

@@ -23,7 +23,7 @@ from torch.nn.functional import relu
 from diffdistill.denoiser import Cond, FlowMap
 from diffdistill.distillers.adversarial.heads import logit
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
-from diffdistill.distillers.guidance.scales import UniformScale
+from diffdistill.distillers.guidance.scales import UniformScale, check_scale
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator, Renoise
 from diffdistill.networks.roles import Networks, Role
@@ -65,8 +65,7 @@ class LADD(Distiller):
         scale: float = 1.0,
         **hyperparameters: Any,
     ) -> frozenset[str]:
-        if scales is not None:
-            scales.check("scale", scale)
+        check_scale(scales, scale)
         if not 0 <= at_start <= 1:
             raise UserError("at_start", "must lie in [0, 1]", at_start, "SANA-Sprint uses 0.5.")
         return frozenset({"x0", "condition"}) if mismatched else frozenset({"x0"})

@@ -24,7 +24,7 @@ from torch import Tensor
 from diffdistill.autodiff import Tangent
 from diffdistill.denoiser import Cond, Denoiser, FlowMap
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
-from diffdistill.distillers.guidance.scales import UniformScale, guided_by
+from diffdistill.distillers.guidance.scales import UniformScale, check_scale, guided_by
 from diffdistill.errors import UserError, require_at_least, require_positive
 from diffdistill.generator import Generator, Renoise
 from diffdistill.losses import sample_mean
@@ -104,10 +104,8 @@ class ContinuousConsistency(Distiller):
         require_at_least(0, warmup=warmup)
         if normalise is not None:
             require_positive(normalise=normalise)
-        if scales is None:
-            return frozenset({"jvp"})
-        scales.check("scale", scale)
-        return frozenset({"jvp", "null"})
+        check_scale(scales, scale)
+        return frozenset({"jvp"}) if scales is None else frozenset({"jvp", "null"})
 
     @classmethod
     def roles(

@@ -35,6 +35,14 @@ class UniformScale:
             raise UserError(key, f"must lie in the trained range [{self.low:g}, {self.high:g}]", scale, fix)
 
 
+def check_scale(scales: UniformScale | None, scale: float) -> None:
+    """Refuse a scale of the samples that was never trained; 1 where the student takes none."""
+    if scales is not None:
+        scales.check("scale", scale)
+    elif scale != 1:
+        raise UserError("scale", "must be 1 where scales is null", scale, "Give scales, a law of w.")
+
+
 def guided_by(networks: Networks, role: str, w: Tensor) -> Denoiser:
     """The view of `role` under guidance of w [B]; needs a null condition."""
     null = networks.teacher.null
