@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from diffdistill.errors import UserError
 from diffdistill.kernels.attention import api
 from diffdistill.kernels.attention.layout import BlockLayout
+from diffdistill.kernels.attention.operators import recorded_backends
 from diffdistill.networks.call import current_call
 
 
@@ -55,8 +57,10 @@ class Attention(Protocol):
 
 @dataclass(frozen=True)
 class Sdpa:
-    """torch's fused attention."""
+    """torch's attention. fused: by the kernel it picks, else as single operations: more memory, but a rule for forward
+    mode, which fused kernels lack."""
 
+    fused: bool = True
     cross: bool = True
 
     def __call__(
@@ -70,40 +74,15 @@ class Sdpa:
         mask: Tensor | None = None,
     ) -> Tensor:
         _no_layout(self, layout)
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-
-    def ready(self) -> None:
-        pass
-
-    def explain(self) -> str:
-        return "torch's scaled_dot_product_attention, with the kernel it picks"
-
-
-@dataclass(frozen=True)
-class Math:
-    """torch's attention as single operations: more memory, but a rule for forward mode, which fused kernels lack."""
-
-    cross: bool = True
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        layout: BlockLayout | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        _no_layout(self, layout)
-        with sdpa_kernel(SDPBackend.MATH):
+        with nullcontext() if self.fused else sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
     def ready(self) -> None:
         pass
 
     def explain(self) -> str:
-        return "torch's scaled_dot_product_attention on its math kernel"
+        kernel = "with the kernel it picks" if self.fused else "on its math kernel"
+        return f"torch's scaled_dot_product_attention {kernel}"
 
 
 @dataclass(frozen=True)
@@ -222,7 +201,7 @@ class BlockSparse:
             return self.mask(q, k)
 
 
-sdpa, math, flex, xformers = Sdpa(), Math(), Flex(), Xformers()
+sdpa, math, flex, xformers = Sdpa(), Sdpa(fused=False), Flex(), Xformers()
 
 
 # -- on a network ---------------------------------------------------------------------------------------------
@@ -292,13 +271,13 @@ class RoleAttention:
             self.ran = "the stock processor"
             return self.stock(*args, **keywords)
         exchange = _Exchange(attention)
-        with exchange:
+        with exchange, recorded_backends() as ran:
             out = self.stock(*args, **keywords)
         if not exchange.calls:
             constraint = "must replace torch's scaled_dot_product_attention, which this processor never calls"
             fix = "Give the module a processor that does (diffusers' ...2_0, its native attention backend)."
             raise UserError("attention", constraint, type(self.stock).__name__, fix)
-        self.ran = attention.explain()
+        self.ran = f"{attention.explain()}: {', '.join(dict.fromkeys(ran))} ran" if ran else attention.explain()
         return out
 
 
@@ -375,8 +354,8 @@ def _is_cross(module: Any) -> bool:
 
 def _no_layout(attention: Attention, layout: BlockLayout | None) -> None:
     if layout is not None:
-        name = type(attention).__name__.lower()
-        raise UserError("layout", "must be None for an attention without blocks", name, "Use BlockSparse or flex.")
+        fix = "Use BlockSparse or flex."
+        raise UserError("layout", "must be None for an attention without blocks", attention.explain(), fix)
 
 
 def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,8 +10,9 @@ from torch.utils.checkpoint import checkpoint
 from diffdistill.autodiff import jvp
 from diffdistill.errors import UserError
 from diffdistill.kernels.attention import api, flex, gather
-from diffdistill.kernels.attention.api import block_sparse_attention, explain, recorded_backends
+from diffdistill.kernels.attention.api import block_sparse_attention, explain
 from diffdistill.kernels.attention.layout import BlockLayout
+from diffdistill.kernels.attention.operators import recorded_backends
 
 KERNELS = ("cpu", "gather")
 TIGHT = {torch.float32: 3e-6, torch.float64: 1e-13}

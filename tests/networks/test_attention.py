@@ -12,8 +12,8 @@ import torch
 
 from diffdistill.autodiff import jvp
 from diffdistill.errors import UserError
-from diffdistill.kernels.attention.api import recorded_backends
 from diffdistill.kernels.attention.layout import BlockLayout
+from diffdistill.kernels.attention.operators import recorded_backends
 from diffdistill.networks import attention
 from diffdistill.networks.attention import BlockSparse, explain, restore_attention, set_attention
 from diffdistill.networks.call import Call, checkpointed, enter
@@ -181,6 +181,7 @@ def test_only_the_named_roles_are_changed():
         torch.testing.assert_close(out(model, inputs), stock, rtol=1e-4, atol=1e-5)
     assert ran == ["reference", "reference"]
     assert set(next(iter(explain(model).values()))) == {"student", "fake_score", "ran"}
+    assert all(row["ran"].endswith(": reference ran") for row in explain(model).values())
 
 
 def test_a_network_can_be_copied_and_saved_with_its_attention(tmp_path):
