@@ -16,7 +16,7 @@ help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
 	@echo "make figure       the README's picture, from runs/quickstart"
 	@echo "make leaderboard  eleven methods on the digits, one budget, in two hours on one core: runs/leaderboard"
-	@echo "make regression   ten methods that regress on targets, in an hour and a half: runs/regression"
+	@echo "make regression   ten methods that regress on targets, 600 CPU seconds each: runs/regression"
 	@echo "                  then make leaderboard-page or regression-page: docs/NAME.md, .csv and .png"
 	@echo "make test         the tests; make test-slow: the long ones"
 	@echo "make chaos        a hundred SIGKILLs at one run, half of them inside saves; make fuzz: 10,200 random command lines"

@@ -17,14 +17,8 @@ WORDS = (
 RATES = ("trainer.optimizer.student.lr=1e-3", "trainer.optimizer.default.lr=2e-3")
 DMD2 = ("trainer.optimizer.default.lr=1e-3",)
 FIND_ALL = ("dmd", "dmd2", "diff_instruct", "sid", "sida", "sim")
-# Modes that the others hold after the same run, once measured:
-MODE_SEEKING = {
-    "f_distill": 7,
-    "uni_instruct": 7,
-    "sid_lsg": 7,  # guidance sharpens the target
-    "vsd": 1,  # a critic of low rank, and guidance
-    "sid_few_step": 2,  # four steps that share the updates, from t_max
-}
+# The others, and how many modes they held after the same run where that was measured first
+MODE_SEEKING = {"f_distill": 7, "uni_instruct": 7, "sid_lsg": 7, "sid_few_step": 2, "vsd": 1}
 
 
 def modes(name: str, folder: Path) -> int:
@@ -46,6 +40,14 @@ def test_every_method_of_the_leaderboard_is_on_one_side() -> None:
 @pytest.mark.parametrize("name", FIND_ALL)
 def test_all_eight_modes_are_found(name: str, tmp_path: Path) -> None:
     assert modes(name, tmp_path) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODE_SEEKING)
+def test_the_others_lose_some(name: str, tmp_path: Path) -> None:
+    """At most one mode from what was measured first: machines round differently."""
+    held = modes(name, tmp_path)
+    assert held < 8 and abs(held - MODE_SEEKING[name]) <= 1
 
 
 @pytest.mark.slow

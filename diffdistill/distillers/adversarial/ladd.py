@@ -23,7 +23,7 @@ from torch.nn.functional import relu
 from diffdistill.denoiser import Cond, FlowMap
 from diffdistill.distillers.adversarial.heads import logit
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
-from diffdistill.distillers.guidance.scales import UniformScale, check_scale
+from diffdistill.distillers.guidance.scales import UniformScale, check_scale, sampled
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator, Renoise
 from diffdistill.networks.roles import Networks, Role
@@ -84,7 +84,7 @@ class LADD(Distiller):
 
     @property
     def generator(self) -> Generator:
-        student = self.networks["student"] if self.scales is None else self.networks["student"].given(w=self.scale)
+        student = sampled(self.networks["student"], self.scales, self.scale)
         return Generator(FlowMap(student, "consistency"), self.times, self.renoise)
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:

@@ -20,7 +20,7 @@ from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.base import Batch
 from diffdistill.distillers.consistency.consistency import Consistency
 from diffdistill.distillers.consistency.pairs import PairLaw, PairWeight
-from diffdistill.distillers.guidance.scales import UniformScale, guided_by
+from diffdistill.distillers.guidance.scales import UniformScale, guided_by, sampled
 from diffdistill.generator import Renoise
 from diffdistill.losses import Distance
 from diffdistill.networks.roles import Networks, Role
@@ -70,4 +70,4 @@ class LCM(Consistency):
         return guided_by(self.networks, "target", w), {**batch.cond, "w": w}
 
     def sampled(self, student: Denoiser) -> Denoiser:
-        return student if self.scales is None else student.given(w=self.scale)
+        return sampled(student, self.scales, self.scale)

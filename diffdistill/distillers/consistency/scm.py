@@ -24,7 +24,7 @@ from torch import Tensor
 from diffdistill.autodiff import Tangent
 from diffdistill.denoiser import Cond, Denoiser, FlowMap
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
-from diffdistill.distillers.guidance.scales import UniformScale, check_scale, guided_by
+from diffdistill.distillers.guidance.scales import UniformScale, check_scale, guided_by, sampled
 from diffdistill.errors import UserError, require_at_least, require_positive
 from diffdistill.generator import Generator, Renoise
 from diffdistill.losses import sample_mean
@@ -122,7 +122,7 @@ class ContinuousConsistency(Distiller):
 
     @property
     def generator(self) -> Generator:
-        student = self.networks["student"] if self.scales is None else self.networks["student"].given(w=self.scale)
+        student = sampled(self.networks["student"], self.scales, self.scale)
         return Generator(FlowMap(student, "consistency"), self.times, self.renoise, few_steps=self.few_steps)
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
@@ -190,12 +190,7 @@ class SCM(ContinuousConsistency):
         self.law, self.velocity = law, velocity
 
     @classmethod
-    def needs(
-        cls,
-        *args: Any,
-        velocity: str = "teacher",
-        **hyperparameters: Any,
-    ) -> frozenset[str]:
+    def needs(cls, *args: Any, velocity: str = "teacher", **hyperparameters: Any) -> frozenset[str]:
         if velocity not in ("teacher", "data"):
             raise UserError("velocity", "must be teacher or data", velocity, "data is consistency training, sCT.")
         if velocity == "data" and (scales := hyperparameters.get("scales")) is not None:

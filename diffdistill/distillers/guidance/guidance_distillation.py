@@ -19,7 +19,7 @@ import torch
 
 from diffdistill import losses
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase
-from diffdistill.distillers.guidance.scales import UniformScale, guided_by
+from diffdistill.distillers.guidance.scales import UniformScale, guided_by, sampled
 from diffdistill.errors import require_at_least
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
@@ -66,8 +66,7 @@ class GuidanceDistillation(Distiller):
 
     @property
     def generator(self) -> OdeSampler:
-        student = self.networks["student"]
-        student = student if self.scales is None else student.given(w=self.scale)
+        student = sampled(self.networks["student"], self.scales, self.scale)
         return ode_sampler(student, self.solver, self.grid, self.num_steps)
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:

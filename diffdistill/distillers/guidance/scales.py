@@ -43,6 +43,11 @@ def check_scale(scales: UniformScale | None, scale: float) -> None:
         raise UserError("scale", "must be 1 where scales is null", scale, "Give scales, a law of w.")
 
 
+def sampled(student: Denoiser, scales: UniformScale | None, scale: float) -> Denoiser:
+    """The student as its sampler calls it: at w = scale where it takes one."""
+    return student if scales is None else student.given(w=scale)
+
+
 def guided_by(networks: Networks, role: str, w: Tensor) -> Denoiser:
     """The view of `role` under guidance of w [B]; needs a null condition."""
     null = networks.teacher.null
