@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from diffdistill.errors import UserError
 from diffdistill.evaluation.frechet import Moments, frechet_distance, moments
 from diffdistill.evaluation.harness import draw
 from diffdistill.recipe import Recipe
@@ -50,5 +52,19 @@ def from_teacher(recipe: Recipe, pairs: int = 3, num_samples: int = 10_000, batc
     return FromTeacher(student, floor, student - floor, generator.nfe, teacher.nfe, pairs, num_samples)
 
 
+def main(argv: Sequence[str]) -> int:
+    """Print a run's FromTeacher as JSON; returns the exit status, 2 after a mistake in what was asked for."""
+    try:
+        if len(argv) != 1:
+            fix = "Write python -m diffdistill.evaluation.from_teacher runs/agd."
+            raise UserError("from_teacher", "must be given the folder of one run", list(argv), fix)
+        recipe, _ = load_run(argv[0])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(asdict(from_teacher(recipe))))
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(from_teacher(load_run(sys.argv[1])[0]))))
+    sys.exit(main(sys.argv[1:]))

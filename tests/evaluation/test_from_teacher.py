@@ -6,7 +6,7 @@ import pytest
 import torch
 from optimum import gauss_recipe, place
 
-from diffdistill.evaluation.from_teacher import from_teacher
+from diffdistill.evaluation.from_teacher import from_teacher, main
 
 
 def test_the_gap_is_the_distance_of_the_laws_and_the_floor_what_finite_sets_add() -> None:
@@ -20,3 +20,10 @@ def test_the_gap_is_the_distance_of_the_laws_and_the_floor_what_finite_sets_add(
     known = 6 * 0.5**2 + float((0.2 * std).square().sum())
     assert shifted.gap == pytest.approx(known, rel=0.05)
     assert shifted.floor == exact.floor and (exact.nfe, exact.teacher_nfe) == (1, 35)
+
+
+@pytest.mark.parametrize("words", [[], ["nowhere"], ["a", "b"]])
+def test_a_mistake_ends_with_status_two_and_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
