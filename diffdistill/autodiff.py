@@ -101,6 +101,11 @@ def transforms() -> tuple[str, ...]:
     return ("Jvp", *found) if plain else found
 
 
+def numbers(x: Tensor) -> list[int]:
+    """The entries of integers [N]. torch 2.6 cannot read them at once where torch.func has wrapped them."""
+    return [int(entry) for entry in x] if torch._C._functorch.is_functorch_wrapped_tensor(x) else x.tolist()
+
+
 @functools.cache
 def _load_forward_rules() -> None:
     """torch loads its rules at the first use, through torch.jit, and tells users that torch.jit is deprecated."""

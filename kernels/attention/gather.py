@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from diffdistill.autodiff import numbers
 from diffdistill.kernels.attention.layout import BlockLayout
 
 SCORES = 2**24  # of one chunk: 64 MiB in float32
@@ -60,7 +61,7 @@ class Blocked:
         num = layout.kv_num.expand(shape).flatten()
         idx = layout.kv_idx.expand(*shape, -1).flatten(0, 2)
         order = num.argsort(descending=True, stable=True)
-        counts = num[order].tolist()
+        counts = numbers(num[order])
         bias = self._bias(key_bias)
         start, end = 0, sum(n > 0 for n in counts)
         while start < end:
