@@ -1,6 +1,6 @@
 """`block_sparse_attention`, the rule that picks its backend, and the checks of its arguments.
 
-`cpu` and `gather` run as torch operators (operators.py); `reference` and `flex` are torch's own programs.
+`triton`, `cpu` and `gather` run as torch operators (operators.py); `reference` and `flex` are torch's own programs.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from diffdistill.errors import UserError
 from diffdistill.kernels.attention import cpu, flex, gather, reference
 from diffdistill.kernels.attention.layout import BlockLayout, described
 from diffdistill.kernels.attention.operators import WithRules, note, run
+from diffdistill.kernels.attention.triton_kernels import support
 
-Backend = Literal["reference", "cpu", "flex", "gather"]
-BACKENDS: tuple[Backend, ...] = ("cpu", "gather", "flex", "reference")
+Backend = Literal["reference", "triton", "cpu", "flex", "gather"]
+BACKENDS: tuple[Backend, ...] = ("triton", "cpu", "gather", "flex", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -53,8 +54,14 @@ def block_sparse_attention(
     (float64 for float64), through which gradients flow too. A query without keys gives 0 and -inf, and no gradient.
     Raises UserError naming the argument that does not fit, or the named backend that cannot answer and why.
     """
-    chosen = explain(q, k, v, layout, scale, key_bias, return_lse, backend).backend
-    scale = _scale(q, scale)
+    _check(q, k, v, layout, scale, key_bias)
+    scale, transforming = _scale(q, scale), _transforming()
+    chosen: Backend
+    if backend is None:
+        own = _own(q)
+        chosen = own if _own_refusal(own, q, v, scale) is None else "gather"
+    else:
+        chosen = _named(backend, _refusals(q, k, v, layout, scale, key_bias, return_lse, backend, transforming))
     if chosen == "reference":
         note(chosen)
         o, lse = reference.attention(q, k, v, layout, scale, key_bias, gather.wide_type(q))
@@ -64,7 +71,7 @@ def block_sparse_attention(
         return flex.attention(q, k, v, layout, scale)
     else:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        if _transforming():
+        if transforming:
             o, lse = WithRules.apply(q, k, v, layout, scale, key_bias, chosen)
         else:
             o, lse = run(q, k, v, layout, scale, key_bias, chosen)
@@ -83,37 +90,67 @@ def explain(
 ) -> Explanation:
     """Which backend `block_sparse_attention` takes for these arguments, why, and why others cannot.
 
-    The rule: `cpu` for what our kernel takes, else `gather`. `flex` and `reference` run only when they are named.
-    Raises UserError as `block_sparse_attention` does.
+    The rule: `triton` on a GPU, `cpu` on a CPU, for what these kernels take, else `gather`. `flex` and `reference` run
+    only when they are named. Raises UserError as `block_sparse_attention` does.
     """
     _check(q, k, v, layout, scale, key_bias)
-    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    gradient = gradient or (backend != "reference" and _transforming())
-    reasons: dict[Backend, str | None] = {
-        "cpu": _no_cpu_kernel(q, v),
-        "flex": flex.why_not(q, layout, key_bias, return_lse, gradient),
-    }
-    refused = {name: reason for name, reason in reasons.items() if reason is not None}
-    if backend is None:
-        if "cpu" not in refused:
-            return Explanation("cpu", "the package's own kernel takes these tensors", refused)
-        return Explanation("gather", f"the package's own kernel cannot: {refused['cpu']}", refused)
-    if backend not in BACKENDS:
-        raise UserError("backend", f"must be one of {', '.join(BACKENDS)}, or None", repr(backend), "Mend the name.")
-    if backend in refused:
-        fix = "Name another backend, or none."
-        raise UserError("backend", f"must be able to answer this call: {refused[backend]}", repr(backend), fix)
-    return Explanation(backend, "it was named", refused)
+    refused = _refusals(q, k, v, layout, _scale(q, scale), key_bias, return_lse, backend, _transforming())
+    if backend is not None:
+        return Explanation(_named(backend, refused), "it was named", refused)
+    own = _own(q)
+    if own not in refused:
+        return Explanation(own, "the package's own kernel takes these tensors", refused)
+    return Explanation("gather", f"the package's own kernel cannot: {refused[own]}", refused)
 
 
 # -- the rule's parts -----------------------------------------------------------------------------------------
 
 
-def _no_cpu_kernel(q: Tensor, v: Tensor) -> str | None:
-    """Why the native kernel cannot take these tensors, or None."""
+def _own(q: Tensor) -> Literal["triton", "cpu"]:
+    """The package's kernel for q's device."""
+    return "triton" if q.is_cuda else "cpu"
+
+
+def _own_refusal(own: Literal["triton", "cpu"], q: Tensor, v: Tensor, scale: float) -> str | None:
+    """Why that kernel cannot take these tensors, or None."""
+    if own == "triton":
+        return support.why_not(q, v, scale)
     if q.device.type != "cpu":
         return f"the tensors lie on {q.device.type}"
     return cpu.supports(q, v) or _cpu_kernel_missing()
+
+
+def _refusals(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: BlockLayout,
+    scale: float,
+    key_bias: Tensor | None,
+    return_lse: bool,
+    backend: str | None,
+    transforming: bool,
+) -> dict[Backend, str]:
+    """Why backends cannot answer this call; those that can are absent."""
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    gradient = gradient or (backend != "reference" and transforming)
+    reasons: dict[Backend, str | None] = {
+        "triton": _own_refusal("triton", q, v, scale),
+        "cpu": _own_refusal("cpu", q, v, scale),
+        "flex": flex.why_not(q, layout, key_bias, return_lse, gradient),
+    }
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _named(backend: str, refused: dict[Backend, str]) -> Backend:
+    """The backend of this name, which must be able to answer."""
+    found = next((name for name in BACKENDS if name == backend), None)
+    if found is None:
+        raise UserError("backend", f"must be one of {', '.join(BACKENDS)}, or None", repr(backend), "Mend the name.")
+    if found in refused:
+        fix = "Name another backend, or none."
+        raise UserError("backend", f"must be able to answer this call: {refused[found]}", repr(backend), fix)
+    return found
 
 
 @torch.compiler.assume_constant_result

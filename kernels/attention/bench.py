@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from diffdistill.errors import UserError
 from diffdistill.evaluation.plots import check_picture
-from diffdistill.kernels.attention import ceiling, cpu
+from diffdistill.kernels.attention import bench_cuda, ceiling, cpu
 from diffdistill.kernels.attention.bench_floors import Floor, floors
 from diffdistill.kernels.attention.bench_plot import plot_rates
 from diffdistill.kernels.attention.bench_runners import Group, Runner, runners
@@ -32,6 +33,19 @@ MISSED, NOISY = 1, 3
 STEADY = 0.15  # the ceiling's spread in a group, of its median
 DENSITIES = (1.0, 0.3, 0.1)
 QUICK_DENSITIES, QUICK_REPEATS = (1.0, 0.1), 5
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one kind of device is measured. runners: of a group.  rate: the ceiling, operations per second, 0 for none.
+    seconds: of a call.  facts: beside what is known of the machine.  unit: of printed rates, and GF/s in it.
+    """
+
+    runners: Callable[[Group], list[Runner]]
+    rate: Callable[[Group], float]
+    seconds: Callable[[Callable[[], object]], float]
+    facts: Callable[[], dict[str, Any]]
+    unit: tuple[str, float]
 
 
 @dataclass(frozen=True)
@@ -60,12 +74,14 @@ class Ceiling:
     spread: float
 
 
-def attention(repeats: int, quick: bool, out: str | None, plot: str | None) -> int:
+def attention(device: str, repeats: int, quick: bool, out: str | None, plot: str | None) -> int:
     """Bench every group, print a table each and the verdict last. Returns the exit status.
 
-    repeats: interleaved rounds.  quick: 5 rounds at 4096 tokens and width 128, within 50 s.  out: JSON file.
-    plot: picture.
+    device: cpu | cuda.  repeats: interleaved rounds.  quick: 5 rounds at one length and width, within a minute.
+    out: JSON file.  plot: picture.
     """
+    if device not in ("cpu", "cuda"):
+        raise UserError("device", "must be cpu or cuda", repr(device), "Mend the name.")
     if repeats < 5:
         raise UserError("repeats", "must be >= 5", repeats, "7 is a good number: medians are compared.")
     for key, path in (("out", out), ("plot", plot)):
@@ -73,11 +89,15 @@ def attention(repeats: int, quick: bool, out: str | None, plot: str | None) -> i
             raise UserError(key, "must name a file in an existing folder", path, "Make the folder, or name a file.")
     if plot is not None:
         check_picture(plot, "plot")
+    repeats = QUICK_REPEATS if quick else repeats
+    if device == "cuda":
+        bench_cuda.check()
+        return run(bench_cuda.groups(quick), repeats, None, out, plot, GPU)
     if not cpu.available():
         fix = "Install a C++ compiler, or run it on another machine."
         raise UserError("bench attention", "must find its kernel", cpu.why_not(), fix)
     if quick:
-        return run(quick_groups(), QUICK_REPEATS, None, out, plot)
+        return run(quick_groups(), repeats, None, out, plot)
     return run(all_groups(), repeats, scaling, out, plot)
 
 
@@ -100,29 +120,35 @@ def all_groups() -> list[Group]:
 
 
 def run(
-    groups: list[Group], repeats: int, threads: Callable[[], Scaling] | None, out: str | None, plot: str | None
+    groups: list[Group],
+    repeats: int,
+    threads: Callable[[], Scaling] | None,
+    out: str | None,
+    plot: str | None,
+    side: Side | None = None,
 ) -> int:
-    """Measure the groups, then (if given) two threads; write and print. Returns the exit status."""
+    """Measure the groups, then (if given) two threads; write and print. Returns the exit status. side: None is CPU."""
+    side = side or CPU
     console = Console()
     measured: list[Measured] = []
     ceilings: list[Ceiling] = []
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        bandwidth = ceiling.bandwidth()
-        console.print(f"kernel {cpu.variant()}, memory {bandwidth / 1e9:.1f} GB/s")
+        facts = side.facts()
+        console.print(", ".join(f"{name} {value}" for name, value in facts.items()))
         for group in groups:
-            rows, top = _measure(group, repeats)
+            rows, top = _measure(group, repeats, side)
             measured, ceilings = [*measured, *rows], [*ceilings, top]
-            console.print(_table(group, rows, top))
+            console.print(_table(group, rows, top, side.unit))
     finally:
         torch.set_num_threads(before)
     two = None if threads is None else threads()
-    found = floors(measured, two)
+    found = floors(measured, two) if side is CPU else []
     if out is not None:
         report = {
             "schema": SCHEMA,
-            "machine": {**machine(), "threads": 1, "kernel": cpu.variant(), "bandwidth": bandwidth},
+            "machine": {**machine(), "threads": 1, **facts},
             "repeats": repeats,
             "ceilings": [{**group.name, **asdict(c)} for group, c in zip(groups, ceilings, strict=True)],
             "results": [asdict(m) for m in measured],
@@ -135,18 +161,18 @@ def run(
     return _verdict(console, found, ceilings)
 
 
-def _measure(group: Group, repeats: int) -> tuple[list[Measured], Ceiling]:
+def _measure(group: Group, repeats: int, side: Side) -> tuple[list[Measured], Ceiling]:
     """Interleaved rounds of the ceiling and every runner, after one that warms up and compiles."""
     torch.compiler.reset()  # flex compiles anew for each shape, and dynamo counts
-    contestants = runners(group)
+    contestants = side.runners(group)
     for contestant in contestants:
         contestant.call()
     rates: list[float] = []
     taken: list[list[float]] = [[] for _ in contestants]
     for _ in range(repeats):
-        rates.append(_rate(group.dtype))
+        rates.append(side.rate(group))
         for times, contestant in zip(taken, contestants, strict=True):
-            times.append(_clock(contestant.call))
+            times.append(side.seconds(contestant.call))
     top = Ceiling(group.dtype, statistics.median(rates) / 1e9, _spread(rates))
     rows = [_row(group, c, times, top) for c, times in zip(contestants, taken, strict=True)]
     return rows, top
@@ -166,11 +192,11 @@ def _row(group: Group, runner: Runner, times: list[float], top: Ceiling) -> Meas
     )
 
 
-def _rate(dtype: str) -> float:
+def _rate(group: Group) -> float:
     """The ceiling, 0 where the processor has no such multiply-add."""
-    if dtype == "bf16" and cpu.variant() != "avx512_bf16":
+    if group.dtype == "bf16" and cpu.variant() != "avx512_bf16":
         return 0.0
-    return ceiling.register_rate(dtype, 0.1)
+    return ceiling.register_rate(group.dtype, 0.1)
 
 
 def _clock(call: Callable[[], object]) -> float:
@@ -179,21 +205,35 @@ def _clock(call: Callable[[], object]) -> float:
     return time.thread_time() - started
 
 
+def _facts() -> dict[str, Any]:
+    return {"kernel": cpu.variant(), "bandwidth": ceiling.bandwidth()}
+
+
+CPU = Side(runners, _rate, _clock, _facts, ("GF/s", 1.0))
+GPU = Side(bench_cuda.runners, bench_cuda.rate, bench_cuda.seconds, bench_cuda.facts, ("TF/s", 1000.0))
+
+
 def _spread(values: list[float]) -> float:
     middle = statistics.median(values)
     return (max(values) - min(values)) / middle if middle else 0.0
 
 
-def _table(group: Group, rows: list[Measured], top: Ceiling) -> Table:
-    title = f"{group.direction}, {group.dtype}, S={group.length}, D={group.width}: ceiling {top.gflops:.0f} GF/s"
-    table = Table("runner", "density", "ms", "GF/s", "of the ceiling", title=title)
+def _table(group: Group, rows: list[Measured], top: Ceiling, unit: tuple[str, float]) -> Table:
+    name, size = unit
+    title = (
+        f"{group.direction}, {group.dtype}, S={group.length}, D={group.width}: ceiling {top.gflops / size:.0f} {name}"
+    )
+    table = Table("runner", "density", "ms", name, "of the ceiling", title=title)
     for row in rows:
         share = "" if row.share is None else f"{row.share:.0%}"
-        table.add_row(row.runner, f"{row.density:.3f}", f"{row.milliseconds:.2f}", f"{row.gflops:.0f}", share)
+        table.add_row(row.runner, f"{row.density:.3f}", f"{row.milliseconds:.2f}", f"{row.gflops / size:.0f}", share)
     return table
 
 
 def _verdict(console: Console, found: list[Floor], ceilings: list[Ceiling]) -> int:
+    if not found:
+        console.print("verdict: no floors are set for this device")
+        return 0
     table = Table("floor", "measured", "at least", "goal")
     for floor in found:
         table.add_row(floor.name, f"{floor.value:.2f}", f"{floor.least:.2f}", f"{floor.goal:.2f}")

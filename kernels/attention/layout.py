@@ -40,7 +40,8 @@ class BlockLayout:
     def __post_init__(self) -> None:
         check_sizes(self.block_q, self.block_k, self.q_len, self.kv_len)
         self._check_shapes()
-        self._check_values()
+        self._check_lists()
+        self._check_valid()
         for name in ("kv_num", "kv_idx", "kv_valid"):
             value = getattr(self, name)
             if value is not None:
@@ -83,7 +84,27 @@ class BlockLayout:
             )
             raise UserError("mask", constraint, described(mask), "Give one entry per block.")
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        return cls(block_q, block_k, q_len, kv_len, *lists(mask), kv_valid)
+        found = cls.trusted(block_q, block_k, q_len, kv_len, *lists(mask), kv_valid)
+        found._check_valid()
+        return found
+
+    @classmethod
+    def trusted(
+        cls,
+        block_q: int,
+        block_k: int,
+        q_len: int,
+        kv_len: int,
+        kv_num: Tensor,
+        kv_idx: Tensor,
+        kv_valid: Tensor | None = None,
+    ) -> BlockLayout:
+        """From lists that are right by construction: nothing is checked, so nothing waits for a GPU."""
+        found = object.__new__(cls)
+        fields = (block_q, block_k, q_len, kv_len, kv_num, kv_idx, kv_valid)
+        for name, value in zip(cls.__dataclass_fields__, fields, strict=True):
+            object.__setattr__(found, name, value)
+        return found
 
     # -- views ------------------------------------------------------------------------------------------------
 
@@ -162,26 +183,23 @@ class BlockLayout:
     # -- checks -----------------------------------------------------------------------------------------------
 
     def _check_shapes(self) -> None:
-        tensors = {"kv_num": (self.kv_num, 3), "kv_idx": (self.kv_idx, 4), "kv_valid": (self.kv_valid, 1)}
-        for name, (value, ndim) in tensors.items():
-            if value is None and name == "kv_valid":
-                continue
+        for name, value, ndim in (("kv_num", self.kv_num, 3), ("kv_idx", self.kv_idx, 4)):
             if not isinstance(value, Tensor) or value.dtype != torch.int32 or value.ndim != ndim:
                 constraint = f"must be an int32 tensor of {ndim} dimensions"
                 raise UserError(name, constraint, described(value), "Convert it with .to(torch.int32).")
-            if value.device != self.kv_num.device:
-                raise UserError(name, f"must lie on {self.kv_num.device} like kv_num", value.device, "Move it.")
+            self._check_device(name, value)
         if self.kv_num.shape[2] != self.num_q or 0 in self.kv_num.shape:
             constraint = f"must be [B, H, {self.num_q}]: {self.q_len} queries in blocks of {self.block_q}"
             raise UserError("kv_num", constraint, list(self.kv_num.shape), "Mend q_len, block_q or the lists.")
         if self.kv_idx.shape[:3] != self.kv_num.shape or self.kv_idx.shape[3] < 1:
             constraint = f"must be [{', '.join(map(str, self.kv_num.shape))}, max >= 1] like kv_num"
             raise UserError("kv_idx", constraint, list(self.kv_idx.shape), "Give one list for each count.")
-        if self.kv_valid is not None and self.kv_valid.shape != (self.num_k,):
-            constraint = f"must be [{self.num_k}]: {self.kv_len} keys in blocks of {self.block_k}"
-            raise UserError("kv_valid", constraint, list(self.kv_valid.shape), "Give one count per key block.")
 
-    def _check_values(self) -> None:
+    def _check_device(self, name: str, value: Tensor) -> None:
+        if value.device != self.kv_num.device:
+            raise UserError(name, f"must lie on {self.kv_num.device} like kv_num", value.device, "Move it.")
+
+    def _check_lists(self) -> None:
         width = self.kv_idx.shape[3]
         if int(self.kv_num.min()) < 0 or int(self.kv_num.max()) > width:
             found = f"{int(self.kv_num.min())} to {int(self.kv_num.max())}"
@@ -197,12 +215,23 @@ class BlockLayout:
         if bool((listed & (steps <= 0)).any()):
             what = "a duplicate" if bool((listed & (steps == 0)).any()) else "unsorted indices"
             raise UserError("kv_idx", "must ascend strictly in the first kv_num entries", what, "Sort each list once.")
-        if self.kv_valid is not None:
-            starts = torch.arange(self.num_k, device=self.device) * self.block_k
-            most = (self.kv_len - starts).clamp(max=self.block_k)
-            if bool(((self.kv_valid < 0) | (self.kv_valid > most)).any()):
-                constraint = f"must lie in [0, {self.block_k}] and within kv_len = {self.kv_len} in the last block"
-                raise UserError("kv_valid", constraint, self.kv_valid.tolist(), "Count the keys that exist.")
+
+    def _check_valid(self) -> None:
+        valid = self.kv_valid
+        if valid is None:
+            return
+        if not isinstance(valid, Tensor) or valid.dtype != torch.int32 or valid.ndim != 1:
+            constraint = "must be an int32 tensor of 1 dimensions"
+            raise UserError("kv_valid", constraint, described(valid), "Convert it with .to(torch.int32).")
+        self._check_device("kv_valid", valid)
+        if valid.shape != (self.num_k,):
+            constraint = f"must be [{self.num_k}]: {self.kv_len} keys in blocks of {self.block_k}"
+            raise UserError("kv_valid", constraint, list(valid.shape), "Give one count per key block.")
+        starts = torch.arange(self.num_k, device=self.device) * self.block_k
+        most = (self.kv_len - starts).clamp(max=self.block_k)
+        if bool(((valid < 0) | (valid > most)).any()):
+            constraint = f"must lie in [0, {self.block_k}] and within kv_len = {self.kv_len} in the last block"
+            raise UserError("kv_valid", constraint, valid.tolist(), "Count the keys that exist.")
 
 
 def check_sizes(block_q: int, block_k: int, q_len: int, kv_len: int) -> None:
@@ -221,8 +250,14 @@ def count(length: int, block: int) -> int:
 
 
 def lists(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts int32 [..] and ascending indices int32 [.., max >= 1] of the True entries of bool [.., n], rest 0."""
+    """Counts int32 [..] and ascending indices int32 [.., max >= 1] of the True entries of bool [.., n].
+
+    Entries beyond the counts are in range. On a GPU lists are n long: their length would have to be waited for.
+    """
+    mask = mask.contiguous()  # what comes of it would have its strides
     num = mask.sum(-1, dtype=torch.int32)
+    if mask.is_cuda:
+        return num, (~mask).to(torch.uint8).argsort(stable=True, dim=-1).to(torch.int32)
     width = max(1, int(num.max()))
     at = mask.nonzero()  # row by row, ascending within one
     rank = (mask.cumsum(-1, dtype=torch.int32) - 1)[mask]

@@ -2,11 +2,12 @@
 
 One operator computes output and LSE, a second one the gradients; both are opaque to torch.compile, with shapes for fake
 tensors. Forward mode goes through an autograd function around the same operator, whose tangent is computed block by
-block.
+block; a third operator hands the tangents' tensors to the GPU's kernel as they are, not wrapped by torch.func.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from diffdistill.autodiff import transforms
 from diffdistill.kernels.attention import cpu, gather
 from diffdistill.kernels.attention.layout import BlockLayout
 
@@ -40,7 +43,11 @@ def note(backend: str) -> None:
             noted.append(backend)
 
 
-_KERNELS: dict[str, Any] = {"cpu": cpu, "gather": gather}
+def _kernel(backend: str) -> Any:
+    """The module that computes. Triton may not be installed, and is loaded for tensors that need it."""
+    if backend == "triton":
+        return importlib.import_module("diffdistill.kernels.attention.triton_kernels.launch")
+    return cpu if backend == "cpu" else gather
 
 
 @torch.library.custom_op("diffdistill::block_sparse_attention", mutates_args=())
@@ -57,9 +64,9 @@ def _forward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    layout = _trusted(q, k, kv_num, kv_idx, kv_valid, block_q, block_k)
+    layout = BlockLayout.trusted(block_q, block_k, q.shape[2], k.shape[2], kv_num, kv_idx, kv_valid)
     note(backend)
-    return _KERNELS[backend].forward(q, k, v, layout, scale, key_bias)
+    return _kernel(backend).forward(q, k, v, layout, scale, key_bias)
 
 
 @_forward.register_fake
@@ -88,8 +95,8 @@ def _backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout = _trusted(q, k, kv_num, kv_idx, kv_valid, block_q, block_k)
-    return _KERNELS[backend].backward(d_o, d_lse, q, k, v, o, lse, layout, scale, key_bias)
+    layout = BlockLayout.trusted(block_q, block_k, q.shape[2], k.shape[2], kv_num, kv_idx, kv_valid)
+    return _kernel(backend).backward(d_o, d_lse, q, k, v, o, lse, layout, scale, key_bias)
 
 
 @_backward.register_fake
@@ -116,11 +123,81 @@ def _gradients(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tens
 _forward.register_autograd(_gradients, setup_context=_save)
 
 
+@torch.library.custom_op("diffdistill::block_sparse_attention_tangent", mutates_args=())
+def _tangent(
+    q_dot: Tensor | None,
+    k_dot: Tensor | None,
+    v_dot: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    kv_num: Tensor,
+    kv_idx: Tensor,
+    kv_valid: Tensor | None,
+    key_bias: Tensor | None,
+    block_q: int,
+    block_k: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    layout = BlockLayout.trusted(block_q, block_k, q.shape[2], k.shape[2], kv_num, kv_idx, kv_valid)
+    return _kernel("triton").tangent((q_dot, k_dot, v_dot), q, k, v, o, lse, layout, scale, key_bias)
+
+
 def run(
+    q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, key_bias: Tensor | None, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Output and LSE, by the operator, or past torch's dispatcher where nothing watches it: that takes a third of the
+    host's time."""
+    if type(q) is type(k) is type(v) is Tensor and not torch.compiler.is_compiling() and not _watched():
+        return Direct.apply(q, k, v, layout, scale, key_bias, backend)
+    return _run(q, k, v, layout, scale, key_bias, backend)
+
+
+def _watched() -> bool:
+    """Whether a mode sees operators: fake tensors, tracing, selective checkpointing, a count of operations."""
+    return _get_current_dispatch_mode() is not None or bool(transforms())
+
+
+def _run(
     q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, key_bias: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
     lists = (layout.kv_num, layout.kv_idx, layout.kv_valid)
     return _forward(q, k, v, *lists, key_bias, layout.block_q, layout.block_k, scale, backend)
+
+
+class Direct(torch.autograd.Function):
+    """The operator's arithmetic in eager mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        layout: BlockLayout,
+        scale: float,
+        key_bias: Tensor | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        note(backend)
+        o, lse = _kernel(backend).forward(q, k, v, layout, scale, key_bias)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.set_materialize_grads(False)
+        ctx.layout, ctx.scale, ctx.key_bias, ctx.backend = layout, scale, key_bias, backend
+        return o, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_o is None and d_lse is None:
+            return (None,) * 7
+        saved = ctx.saved_tensors
+        d_o = torch.zeros_like(saved[3]) if d_o is None else d_o
+        d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
+        rest = (ctx.layout, ctx.scale, ctx.key_bias)
+        return (*_kernel(ctx.backend).backward(d_o, d_lse, *saved, *rest), None, None, None, None)
 
 
 class WithRules(torch.autograd.Function):
@@ -130,7 +207,7 @@ class WithRules(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, layout: BlockLayout, scale: float, key_bias: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor]:
-        return run(q, k, v, layout, scale, key_bias, backend)
+        return _run(q, k, v, layout, scale, key_bias, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -149,15 +226,9 @@ class WithRules(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         q, k, v, o, lse = ctx.saved_tensors
-        return gather.tangent(tangents[:3], q, k, v, o, lse, ctx.layout, ctx.scale, ctx.key_bias)
-
-
-def _trusted(
-    q: Tensor, k: Tensor, kv_num: Tensor, kv_idx: Tensor, kv_valid: Tensor | None, block_q: int, block_k: int
-) -> BlockLayout:
-    """The layout that an operator was called with, checked when it was made."""
-    layout = object.__new__(BlockLayout)
-    fields = (block_q, block_k, q.shape[2], k.shape[2], kv_num, kv_idx, kv_valid)
-    for name, value in zip(BlockLayout.__dataclass_fields__, fields, strict=True):
-        object.__setattr__(layout, name, value)
-    return layout
+        layout = ctx.layout
+        graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if ctx.backend != "triton" or graph or transforms() != ("Jvp",):  # another derivative follows: torch's own
+            return gather.tangent(tangents[:3], q, k, v, o, lse, layout, ctx.scale, ctx.key_bias)
+        rest = (layout.kv_num, layout.kv_idx, layout.kv_valid, ctx.key_bias, layout.block_q, layout.block_k)
+        return _tangent(*tangents[:3], q, k, v, o, lse, *rest, ctx.scale)

@@ -301,7 +301,7 @@ def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
 def test_the_rule_is_explained_and_followed(monkeypatch):
     case = CASES["plain"]
     layout, (q, k, v) = layout_of(case), tensors_of(case)
-    monkeypatch.setattr(api, "_no_cpu_kernel", lambda q, v: "no compiler")
+    monkeypatch.setattr(api.cpu, "supports", lambda q, v: "no compiler")
     told = explain(q, k, v, layout)
     assert told.backend == "gather" and "no compiler" in told.why and told.refused["cpu"] == "no compiler"
     with recorded_backends() as ran:
@@ -407,7 +407,8 @@ def changed(**changes):
         ({"key_bias": torch.zeros(1, 1, 256).double()}, "key_bias must be float32"),
         ({"key_bias": torch.zeros(256)}, "key_bias must be float32"),
         ({"key_bias": torch.zeros(1, 1, 256, requires_grad=True)}, "key_bias must not ask for a gradient"),
-        ({"backend": "triton"}, "backend must be one of cpu, gather, flex, reference, or None, got 'triton'"),
+        ({"backend": "cuda"}, "backend must be one of triton, cpu, gather, flex, reference, or None, got 'cuda'"),
+        ({"backend": "triton"}, "backend must be able to answer this call: the tensors lie on cpu, got 'triton'"),
     ],
 )
 def test_bad_arguments_are_refused_by_name(changes, message):

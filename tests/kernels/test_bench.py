@@ -109,7 +109,7 @@ def test_a_processor_without_a_bf16_unit_has_no_share_to_miss():
 def test_the_verdict_is_the_exit_status(monkeypatch, capsys, share, spread, status, last):
     skip_unless("cpu")
     row = measured(share=share)
-    monkeypatch.setattr(bench, "_measure", lambda group, repeats: ([row], bench.Ceiling("bf16", 500.0, spread)))
+    monkeypatch.setattr(bench, "_measure", lambda group, repeats, side: ([row], bench.Ceiling("bf16", 500.0, spread)))
     monkeypatch.setattr(bench.ceiling, "bandwidth", lambda: 1e10)
     assert bench.run([Group(16384, 128, "bf16", "forward", (1.0,), ())], 5, None, None, None) == status
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith(last)
@@ -137,11 +137,11 @@ def test_mistakes_are_told_before_any_work(tmp_path, monkeypatch, changes, messa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "run", lambda *arguments: pytest.fail("it ran"))
     with pytest.raises(UserError, match=message):
-        bench.attention(**({"repeats": 5, "quick": True, "out": None, "plot": None} | changes))
+        bench.attention(**({"device": "cpu", "repeats": 5, "quick": True, "out": None, "plot": None} | changes))
 
 
 def test_a_machine_without_the_kernel_is_told_why(monkeypatch):
     monkeypatch.setattr(cpu, "available", lambda: False)
     monkeypatch.setattr(cpu, "why_not", lambda: "no C++ compiler")
     with pytest.raises(UserError, match="bench attention must find its kernel, got no C\\+\\+ compiler"):
-        bench.attention(5, True, None, None)
+        bench.attention("cpu", 5, True, None, None)

@@ -316,4 +316,4 @@ def test_what_is_no_attention_is_refused():
     with pytest.raises(UserError, match="mask must be a BlockLayout or a function"):
         BlockSparse(0.1)
     with pytest.raises(UserError, match="backend must be one of"):
-        BlockSparse(full, backend="triton")
+        BlockSparse(full, backend="cuda")

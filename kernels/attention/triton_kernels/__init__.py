@@ -1,0 +1,1 @@
+"""Block-sparse attention for GPUs in Triton: kernels, their configurations, and their launch."""
