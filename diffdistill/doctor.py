@@ -65,10 +65,16 @@ def _devices() -> dict[str, str]:
 
 def _kernels() -> dict[str, str]:
     from diffdistill.kernels.attention import cpu
+    from diffdistill.kernels.attention.triton_kernels import support
 
     missing = cpu.why_not()  # the first look may compile it
-    found = f"native, {cpu.variant()}" if missing is None else f"torch only: {missing}"
-    return {"block-sparse attention": found, "c++ compiler": shutil.which("c++") or "none"}
+    native = f"native, {cpu.variant()}" if missing is None else f"torch only: {missing}"
+    found = {"block-sparse attention, cpu": native, "c++ compiler": shutil.which("c++") or "none"}
+    for index in range(torch.cuda.device_count()):
+        missing = support.missing(index)
+        name = f"triton {_version('triton')}" if missing is None else f"torch only: {missing}"
+        found[f"block-sparse attention, cuda:{index}"] = name
+    return found
 
 
 def _extra(names: tuple[str, ...]) -> str:

@@ -63,7 +63,7 @@ def expected() -> set[str]:
     for name in source_files():
         top = name.split("/")[0]
         if (top == "diffdistill" and (name.endswith((".py", "py.typed")) or "/assets/" in name)) or (
-            top in ("configs", "kernels") and name.endswith((".py", ".yaml", ".cpp", ".h"))
+            top in ("configs", "kernels") and name.endswith((".py", ".yaml", ".cpp", ".h", ".json"))
         ):
             names.add(name if top == "diffdistill" else f"diffdistill/{name}")
     return names

@@ -157,7 +157,7 @@ def run(
         }
         Path(out).write_text(json.dumps(report, indent=1) + "\n")
     if plot is not None:
-        plot_rates(measured, ceilings, groups, plot)
+        plot_rates(measured, ceilings, groups, plot, side.unit)
     return _verdict(console, found, ceilings)
 
 

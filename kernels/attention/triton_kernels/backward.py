@@ -114,11 +114,12 @@ def dq_kernel(
     SPLIT: tl.constexpr = BLOCK_Q // TILE_M
     STEPS: tl.constexpr = BLOCK_K // TILE_N
     MASKED: tl.constexpr = HAS_VALID or HAS_BIAS
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    rows = tl.cdiv(q_len, BLOCK_Q)
+    place = tl.load(ORDER + tl.program_id(0) // SPLIT)
+    both, row = place // rows, place % rows
+    batch, head = both // heads, both % heads
     kv_head = head // group
     lists = batch * list_b + head * list_h
-    row = tl.load(ORDER + lists + tl.program_id(0) // SPLIT)
     start = row * BLOCK_Q + tl.program_id(0) % SPLIT * TILE_M
     if start < q_len:
         count = tl.load(NUM + lists + row)
@@ -132,7 +133,7 @@ def dq_kernel(
             BIAS += batch * bias_b + head * bias_h
         q = load_rows(Q, start, q_s, q_len, TILE_M, D, PAD_D, True)
         d_o = load_rows(DO, start, do_s, q_len, TILE_M, DV, PAD_DV, True)
-        query = tl.program_id(1).to(tl.int64) * q_len
+        query = both.to(tl.int64) * q_len
         at_row = start + tl.arange(0, TILE_M)
         lse2 = tl.load(LSE2 + query + at_row, mask=at_row < q_len, other=float("inf"))
         delta = tl.load(DELTA + query + at_row, mask=at_row < q_len, other=0.0)
@@ -217,10 +218,11 @@ def dkv_kernel(
     """
     SPLIT: tl.constexpr = BLOCK_K // TILE_N
     STEPS: tl.constexpr = BLOCK_Q // TILE_M
-    batch = tl.program_id(1) // kv_heads
-    kv_head = tl.program_id(1) % kv_heads
     heads = kv_heads * group
-    row = tl.load(ORDER + batch * list_b + kv_head * group * list_h + tl.program_id(0) // SPLIT)
+    rows = tl.cdiv(kv_len, BLOCK_K)
+    place = tl.load(ORDER + tl.program_id(0) // SPLIT)
+    both, row = place // rows, place % rows
+    batch, kv_head = both // kv_heads, both % kv_heads
     start = row * BLOCK_K + tl.program_id(0) % SPLIT * TILE_N
     if start < kv_len:
         K += batch.to(tl.int64) * k_b + kv_head.to(tl.int64) * k_h
@@ -270,6 +272,6 @@ def dkv_kernel(
         exists = (at_key < end)[:, None]
         dk = tl.where(exists, dk * (scale * 0.6931471805599453), 0.0)
         dv = tl.where(exists, dv, 0.0)
-        key = tl.program_id(1).to(tl.int64) * kv_len
+        key = both.to(tl.int64) * kv_len
         store_rows(DK + key * D, dk, start, D, kv_len, TILE_N, D, PAD_D, True)
         store_rows(DV_OUT + key * DV, dv, start, DV, kv_len, TILE_N, DV, PAD_DV, True)

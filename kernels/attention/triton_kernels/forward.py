@@ -71,11 +71,12 @@ def forward_kernel(
     SPLIT: tl.constexpr = BLOCK_Q // TILE_M
     STEPS: tl.constexpr = BLOCK_K // TILE_N
     MASKED: tl.constexpr = HAS_VALID or HAS_BIAS
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    rows = tl.cdiv(q_len, BLOCK_Q)
+    place = tl.load(ORDER + tl.program_id(0) // SPLIT)
+    both, row = place // rows, place % rows
+    batch, head = both // heads, both % heads
     kv_head = head // group
     lists = batch * list_b + head * list_h
-    row = tl.load(ORDER + lists + tl.program_id(0) // SPLIT)
     start = row * BLOCK_Q + tl.program_id(0) % SPLIT * TILE_M
     if start < q_len:
         count = tl.load(NUM + lists + row)
@@ -118,7 +119,7 @@ def forward_kernel(
         some = tl.where(weight == 0.0, 1.0, weight)
         total = total / some[:, None]
         lse = tl.where(weight == 0.0, -float("inf"), (highest + tl.log2(some)) * 0.6931471805599453)
-        query = tl.program_id(1).to(tl.int64) * q_len
+        query = both.to(tl.int64) * q_len
         store_rows(OUT + query * DV, total, start, DV, q_len, TILE_M, DV, PAD_DV, True)
         at_row = start + tl.arange(0, TILE_M)
         tl.store(LSE + query + at_row, lse, mask=at_row < q_len)

@@ -33,10 +33,10 @@ def forward(
     """Output [B, Hq, Sq, Dv] in q's type and LSE float32 [B, Hq, Sq]."""
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    rows = schedule.of_queries(layout)
+    rows = schedule.of_queries(layout, *q.shape[:2])
     call = _Call("forward", q, k, v, layout, scale, key_bias, k, v)
     with call.device:
-        forward_kernel[call.grid(layout.num_q, layout.block_q, call.tile.m, q.shape[1])](
+        forward_kernel[call.grid(rows, layout.block_q // call.tile.m)](
             q, *call.streamed, o, lse, *call.lists(rows), *call.strides(q, k, v), *call.list_strides(rows),
             *call.sizes(layout.num_k), **call.options(layout.kv_len % layout.block_k != 0),
         )  # fmt: skip
@@ -59,19 +59,19 @@ def backward(
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     batch, heads, q_len, v_width = o.shape
-    rows, columns = schedule.of_queries(layout), schedule.of_keys(layout)
+    rows, columns = schedule.of_queries(layout, batch, heads), schedule.of_keys(layout, batch, k.shape[1])
     call = _Call("dq", q, k, v, layout, scale, key_bias, k, v)
     with call.device:
         delta_kernel[(count(q_len, 64), batch * heads)](
             d_o, o, lse, lse if d_lse is None else d_lse.contiguous(), delta, lse2, *d_o.stride()[:3], heads, q_len,
             64, v_width, _padded(v_width), d_lse is not None,
         )  # fmt: skip
-        dq_kernel[call.grid(layout.num_q, layout.block_q, call.tile.m, heads)](
+        dq_kernel[call.grid(rows, layout.block_q // call.tile.m)](
             q, *call.streamed, d_o, lse2, delta, dq, *call.lists(rows), *call.strides(q, k, v, d_o),
             *call.list_strides(rows), *call.sizes(layout.num_k), **call.options(layout.kv_len % layout.block_k != 0),
         )  # fmt: skip
         call = _Call("dkv", q, k, v, layout, scale, key_bias, q, d_o)
-        dkv_kernel[call.grid(layout.num_k, layout.block_k, call.tile.n, k.shape[1])](
+        dkv_kernel[call.grid(columns, layout.block_k // call.tile.n)](
             call.streamed[0], k, v, call.streamed[1], lse2, delta, dk, dv, *call.lists(columns),
             *call.strides(q, k, v, d_o), *call.list_strides(columns), *call.sizes(layout.num_q, k.shape[1]),
             **call.options(q_len % layout.block_q != 0),
@@ -91,13 +91,13 @@ def tangent(
     key_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Tangents of output and LSE along those of q, k, v (None is 0)."""
-    rows = schedule.of_queries(layout)
+    rows = schedule.of_queries(layout, *q.shape[:2])
     given = [None if t is None else t if t.stride(-1) == 1 else t.contiguous() for t in tangents]
     moved = [x if t is None else t for t, x in zip(given, (q, k, v), strict=True)]
     o_dot, lse_dot = torch.empty_like(o), torch.empty_like(lse)
     call = _Call("tangent", q, k, v, layout, scale, key_bias, k, v, *moved[1:])
     with call.device:
-        tangent_kernel[call.grid(layout.num_q, layout.block_q, call.tile.m, q.shape[1])](
+        tangent_kernel[call.grid(rows, layout.block_q // call.tile.m)](
             q, *call.streamed[:2], moved[0], *call.streamed[2:], o, lse, o_dot, lse_dot, *call.lists(rows),
             *call.strides(q, k, v, *moved), *call.list_strides(rows), *call.sizes(layout.num_k),
             HAS_QT=given[0] is not None, HAS_KT=given[1] is not None, HAS_VT=given[2] is not None,
@@ -136,8 +136,9 @@ class _Call:
     def device(self) -> AbstractContextManager[None]:
         return _on(self.q)
 
-    def grid(self, blocks: int, block: int, rows: int, heads: int) -> tuple[int, int]:
-        return blocks * (block // rows), self.q.shape[0] * heads
+    def grid(self, rows: schedule.Schedule, tiles: int) -> tuple[int]:
+        """tiles: of a row."""
+        return (len(rows.order) * tiles,)
 
     def lists(self, rows: schedule.Schedule) -> tuple[Tensor, ...]:
         """Pointers that are absent stand for something that is not read."""

@@ -21,8 +21,8 @@ def why_not(q: Tensor, v: Tensor, scale: float) -> str | None:
         return "it takes bfloat16, float16 and float32"
     if scale <= 0:
         return "the scale is not positive"
-    if (missing := _missing(q.device.index)) is not None:
-        return missing
+    if (reason := missing(q.device.index)) is not None:
+        return reason
     widest = configs.widest(architecture(q), q.element_size())
     if max(q.shape[-1], v.shape[-1]) > widest:
         return f"{'float32' if q.dtype == torch.float32 else 'the'} heads are wider than {widest}"
@@ -46,7 +46,7 @@ def interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _missing(device: int | None) -> str | None:
+def missing(device: int | None) -> str | None:
     """Why this machine cannot run them, or None."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

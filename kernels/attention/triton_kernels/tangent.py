@@ -88,11 +88,12 @@ def tangent_kernel(
     SPLIT: tl.constexpr = BLOCK_Q // TILE_M
     STEPS: tl.constexpr = BLOCK_K // TILE_N
     MASKED: tl.constexpr = HAS_VALID or HAS_BIAS
-    batch = tl.program_id(1) // heads
-    head = tl.program_id(1) % heads
+    rows = tl.cdiv(q_len, BLOCK_Q)
+    place = tl.load(ORDER + tl.program_id(0) // SPLIT)
+    both, row = place // rows, place % rows
+    batch, head = both // heads, both % heads
     kv_head = head // group
     lists = batch * list_b + head * list_h
-    row = tl.load(ORDER + lists + tl.program_id(0) // SPLIT)
     start = row * BLOCK_Q + tl.program_id(0) % SPLIT * TILE_M
     if start < q_len:
         count = tl.load(NUM + lists + row)
@@ -111,7 +112,7 @@ def tangent_kernel(
         if HAS_QT:
             QT += batch.to(tl.int64) * qt_b + head.to(tl.int64) * qt_h
             q_dot = load_rows(QT, start, qt_s, q_len, TILE_M, D, PAD_D, True)
-        query = tl.program_id(1).to(tl.int64) * q_len
+        query = both.to(tl.int64) * q_len
         at_row = start + tl.arange(0, TILE_M)
         lse = tl.load(LSE + query + at_row, mask=at_row < q_len, other=0.0)
         lse2 = tl.where(lse == -float("inf"), float("inf"), lse * 1.4426950408889634)
