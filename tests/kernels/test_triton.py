@@ -206,3 +206,23 @@ def test_bfloat16_products_are_wrong_in_the_interpreter_itself(launch):
     c = torch.zeros(16, 16)
     multiply[(1,)](a, b, c)
     assert off(c, a.double() @ b.double()) > 1
+
+
+def test_the_rule_names_triton_on_a_gpu(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from diffdistill.kernels.attention.triton_kernels import support
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # another test's module may still interpret
+    monkeypatch.setattr(support, "missing", lambda device: None)
+    monkeypatch.setattr(support, "architecture", lambda x: 90)
+    with FakeTensorMode():
+        x = torch.empty(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
+        num = torch.empty(1, 1, 1, device="cuda", dtype=torch.int32)
+        layout = BlockLayout.trusted(64, 64, 64, 64, num, num[..., None])
+        told = explain(x, x, x, layout)
+        assert told.backend == "triton" and "cuda" in told.refused["cpu"]
+        assert explain(x.double(), x.double(), x.double(), layout).backend == "gather"
+        monkeypatch.setattr(support, "missing", lambda device: "the GPU is older than sm_80")
+        told = explain(x, x, x, layout)
+        assert told.backend == "gather" and "older than sm_80" in told.why
