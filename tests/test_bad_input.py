@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "replicates": COUNT,
     "pairs": ("1", "-1"),
     "repeats": ("4", "0", "-1"),
+    "device": ("nowhere", "cuda:0"),
     "plot": ("nowhere/x/y.png", "''", "FINISHED", "LONGNAME", "x.nope"),
     "merge": ("nowhere", "''", "LONGNAME"),
     "merge_weight": SHARE,

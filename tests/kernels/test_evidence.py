@@ -17,9 +17,13 @@ Config, Found = evidence.Config, evidence.Found
 
 QUICK = [
     Config(arch, loads, 2, width, kernel, configs.TABLE[arch][loads, 2, width][kernel][0])
-    for arch, loads in ((80, "pointers"), (90, "tma"), (100, "tma"))
-    for width in (64, 128)
-    for kernel in configs.KERNELS
+    for arch, loads, width, kernels in (
+        (80, "pointers", 128, ("forward", "dq", "dkv")),
+        (90, "tma", 128, configs.KERNELS),
+        (90, "tma", 64, ("forward",)),
+        (100, "tma", 128, ("forward", "dkv")),
+    )
+    for kernel in kernels
 ]
 
 
