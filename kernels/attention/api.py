@@ -1,6 +1,6 @@
 """`block_sparse_attention`, the rule that picks its backend, and the checks of its arguments.
 
-`triton`, `cpu` and `gather` run as torch operators (operators.py); `reference` and `flex` are torch's own programs.
+`triton`, `cpu` and `gather` run behind torch operators (operators.py); `reference` and `flex` are torch's own programs.
 """
 
 from __future__ import annotations

@@ -231,13 +231,11 @@ def _table(group: Group, rows: list[Measured], top: Ceiling, unit: tuple[str, fl
 
 
 def _verdict(console: Console, found: list[Floor], ceilings: list[Ceiling]) -> int:
-    if not found:
-        console.print("verdict: no floors are set for this device")
-        return 0
     table = Table("floor", "measured", "at least", "goal")
     for floor in found:
         table.add_row(floor.name, f"{floor.value:.2f}", f"{floor.least:.2f}", f"{floor.goal:.2f}")
-    console.print(table)
+    if found:
+        console.print(table)
     unsteady = max(c.spread for c in ceilings)
     missed = [floor for floor in found if not floor.met]
     if unsteady > STEADY:
@@ -245,6 +243,9 @@ def _verdict(console: Console, found: list[Floor], ceilings: list[Ceiling]) -> i
             f"verdict: too noisy to tell (the ceiling varied by {unsteady:.0%}, at most {STEADY:.0%} is steady)"
         )
         return NOISY
+    if not found:
+        console.print("verdict: no floors are set for this device")
+        return 0
     if missed:
         names = "; ".join(f"{floor.name}: {floor.value:.2f} < {floor.least:.2f}" for floor in missed)
         console.print(f"verdict: {len(missed)} of {len(found)} floors missed: {names}", soft_wrap=True)

@@ -86,6 +86,8 @@ class BlockLayout:
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
         found = cls.trusted(block_q, block_k, q_len, kv_len, *lists(mask), kv_valid)
         found._check_valid()
+        if kv_valid is not None:
+            object.__setattr__(found, "kv_valid", kv_valid.contiguous())
         return found
 
     @classmethod

@@ -115,9 +115,13 @@ def _gradients(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tens
     if d_o is None and d_lse is None:
         return nothing
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes at the first look and refuses a second
-    d_o = torch.zeros_like(saved[3]) if d_o is None else d_o
-    d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
-    return (*_backward(d_o, d_lse, *saved, *ctx.rest), *nothing[3:])
+    return (*_backward(_upstream(d_o, saved[3]), d_lse, *saved, *ctx.rest), *nothing[3:])
+
+
+def _upstream(d_o: Tensor | None, o: Tensor) -> Tensor:
+    """The output's gradient as kernels read it: there, and with rows in one piece."""
+    d_o = torch.zeros_like(o) if d_o is None else d_o
+    return d_o if d_o.stride(-1) == 1 else d_o.contiguous()
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -143,6 +147,13 @@ def _tangent(
 ) -> tuple[Tensor, Tensor]:
     layout = BlockLayout.trusted(block_q, block_k, q.shape[2], k.shape[2], kv_num, kv_idx, kv_valid)
     return _kernel("triton").tangent((q_dot, k_dot, v_dot), q, k, v, o, lse, layout, scale, key_bias)
+
+
+@_tangent.register_fake
+def _(
+    q_dot: Any, k_dot: Any, v_dot: Any, q: Tensor, k: Tensor, v: Tensor, o: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return o.new_empty(o.shape), rest[0].new_empty(rest[0].shape)
 
 
 def run(
@@ -183,9 +194,9 @@ class Direct(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         note(backend)
         o, lse = _kernel(backend).forward(q, k, v, layout, scale, key_bias)
-        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.save_for_backward(q, k, v, o, lse, key_bias)
         ctx.set_materialize_grads(False)
-        ctx.layout, ctx.scale, ctx.key_bias, ctx.backend = layout, scale, key_bias, backend
+        ctx.layout, ctx.scale, ctx.backend = layout, scale, backend
         return o, lse
 
     @staticmethod
@@ -193,11 +204,10 @@ class Direct(torch.autograd.Function):
     def backward(ctx: Any, d_o: Tensor | None, d_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         if d_o is None and d_lse is None:
             return (None,) * 7
-        saved = ctx.saved_tensors
-        d_o = torch.zeros_like(saved[3]) if d_o is None else d_o
-        d_o = d_o if d_o.stride(-1) == 1 else d_o.contiguous()
-        rest = (ctx.layout, ctx.scale, ctx.key_bias)
-        return (*_kernel(ctx.backend).backward(d_o, d_lse, *saved, *rest), None, None, None, None)
+        *saved, key_bias = ctx.saved_tensors
+        rest = (ctx.layout, ctx.scale, key_bias)
+        gradients = _kernel(ctx.backend).backward(_upstream(d_o, saved[3]), d_lse, *saved, *rest)
+        return (*gradients, None, None, None, None)
 
 
 class WithRules(torch.autograd.Function):

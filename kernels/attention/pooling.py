@@ -18,6 +18,7 @@ from diffdistill.kernels.attention.triton_kernels import support
 
 Pooling = Literal["probability", "peak"]
 SCORES = 2**24  # of one chunk
+LARGEST = 128  # block that a kernel holds at once
 
 
 def block_means(x: Tensor, block: int, valid: Tensor | None = None) -> Tensor:
@@ -67,7 +68,7 @@ class _Means(torch.autograd.Function):
         counts = _counts(x.shape[2], block, valid, x.device)
         ctx.save_for_backward(counts)
         x = x if x.stride(-1) == 1 else x.contiguous()
-        if x.dtype != torch.float64 and support.why_not(x, x, 1.0) is None:
+        if block <= LARGEST and support.why_not(x, x, 1.0) is None:
             return _launch().block_means(x, block, valid)
         missing = count(x.shape[2], block) * block - x.shape[2]
         wide = F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, block)).to(torch.promote_types(x.dtype, torch.float32))

@@ -416,3 +416,24 @@ def test_bad_arguments_are_refused_by_name(changes, message):
         block_sparse_attention(**changed(**changes))
     with pytest.raises(UserError, match=message):
         explain(**changed(**changes))
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_bias_that_changes_before_the_gradient_is_told(backend):
+    skip_unless(backend)
+    case = CASES["bias"]
+    layout, bias = layout_of(case), bias_of(case)
+    tensors = tuple(x.requires_grad_() for x in tensors_of(case))
+    o = block_sparse_attention(*tensors, layout, case.scale, bias, backend=backend)
+    bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(o.sum(), tensors)
+
+
+def test_the_tangents_operator_has_shapes_for_fake_tensors():
+    case = CASES["ragged"]
+    layout, tensors = layout_of(case), tuple(to_meta(x) for x in tensors_of(case))
+    o, lse = torch.empty(*tensors[0].shape[:3], 64, device="meta"), torch.empty(tensors[0].shape[:3], device="meta")
+    lists = (to_meta(layout.kv_num), to_meta(layout.kv_idx), None, None, 64, 128, 0.3)
+    found = torch.ops.diffdistill.block_sparse_attention_tangent(None, *tensors[1:], *tensors, o, lse, *lists)
+    assert [x.shape for x in found] == [o.shape, lse.shape]

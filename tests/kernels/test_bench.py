@@ -145,3 +145,23 @@ def test_a_machine_without_the_kernel_is_told_why(monkeypatch):
     monkeypatch.setattr(cpu, "why_not", lambda: "no C++ compiler")
     with pytest.raises(UserError, match="bench attention must find its kernel, got no C\\+\\+ compiler"):
         bench.attention("cpu", 5, True, None, None)
+
+
+def test_a_machine_without_a_gpu_is_told_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device must be a GPU that the kernels take, got cuda: torch finds none"):
+        bench.attention("cuda", 5, True, None, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.bench_cuda.support, "missing", lambda device: "the GPU is older than sm_80")
+    with pytest.raises(UserError, match="got cuda: the GPU is older than sm_80"):
+        bench.attention("cuda", 5, True, None, None)
+
+
+@pytest.mark.parametrize(("spread", "status"), [(0.0, 0), (0.5, bench.NOISY)])
+def test_a_gpus_verdict_has_no_floors_but_tells_noise(monkeypatch, capsys, spread, status):
+    top = bench.Ceiling("bf16", 500.0, spread)
+    monkeypatch.setattr(bench, "_measure", lambda group, repeats, side: ([measured(runner="flex")], top))
+    side = bench.Side(None, None, None, lambda: {"gpu": "one"}, ("TF/s", 1000.0))
+    assert bench.run([Group(16384, 128, "bf16", "forward", (1.0,), ())], 5, None, None, None, side) == status
+    told = capsys.readouterr().out
+    assert "gpu one" in told and ("no floors are set" in told) == (status == 0)

@@ -166,3 +166,9 @@ def test_bad_masks_and_pointers_are_refused_by_name():
         from_bcsr(ints([0, 2, 2]), ints([1, 0]), 128, 192, 64, 64)
     with pytest.raises(UserError, match="indptr must be"):
         from_bcsr(ints(3), ints([1, 0]), 128, 192, 64, 64)
+
+
+def test_valid_counts_of_any_strides_are_kept_in_one_piece():
+    spaced = torch.tensor([64, 0, 30, 0], dtype=torch.int32)[::2]
+    layout = BlockLayout.from_mask(torch.ones(2, 2, dtype=torch.bool), 128, 128, 64, 64, spaced)
+    assert layout.kv_valid.is_contiguous() and layout.kv_valid.tolist() == [64, 30]

@@ -155,7 +155,6 @@ def test_every_tile_of_the_table_gives_the_same(launch, monkeypatch):
     """The interpreter runs one architecture's tiles; here it runs all shapes of tiles that any architecture has."""
     configs = launch.configs
     case = Case(q_len=140, kv_len=130, block_q=128, block_k=128, density=0.8, heads=1, kv_heads=1)
-    wanted = None
     shapes = {
         kernel: sorted({(t.m, t.n) for table in configs.TABLE.values() for row in table.values() for t in row[kernel]})
         for kernel in configs.KERNELS
@@ -165,7 +164,6 @@ def test_every_tile_of_the_table_gives_the_same(launch, monkeypatch):
         monkeypatch.setattr(configs, "tile", lambda *a, tiles=tiles: tiles[a[4]])
         errors = compared(case, torch.float32)
         assert max(errors) < CLOSE[torch.float32], (tiles, errors)
-        wanted = wanted or errors
 
 
 def test_strided_tensors_are_read_where_they_lie(loads):

@@ -1,7 +1,7 @@
 """Tile sizes, warps and stages of every kernel, per architecture, way of loading, element size and width.
 
-sm_90's 2- and 4-byte tiles of widths 64 and 128 were picked by timing on an H200; all others by what the compiled code
-shows (evidence.py), see kernels/README.md.
+sm_90's `tma` tiles of widths 64 and 128 were picked by timing on an H200, but for float32's dkv and tangent at 64; all
+others by what the compiled code shows (evidence.py), see kernels/README.md.
 """
 
 from __future__ import annotations

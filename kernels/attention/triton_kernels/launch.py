@@ -106,6 +106,35 @@ def tangent(
     return o_dot, lse_dot
 
 
+def block_means(x: Tensor, block: int, valid: Tensor | None) -> Tensor:
+    """Means of blocks of tokens, float32 [B, H, n, D]."""
+    batch, heads, length, width = x.shape
+    blocks = count(length, block)
+    out = x.new_empty(batch, heads, blocks, width, dtype=torch.float32)
+    with _on(x):
+        means_kernel[(blocks, batch * heads)](
+            x, out, out if valid is None else valid, *x.stride()[:3], heads, length, blocks,
+            block, width, _padded(width), valid is not None,
+        )  # fmt: skip
+    return out
+
+
+def block_scores(q: Tensor, k: Tensor, of_q: int, of_k: int, scale: float, peak: bool) -> Tensor:
+    """Scores between blocks of tokens, float32 [B, Hq, nQ, nK]."""
+    batch, heads, q_rows, width = q.shape
+    k_rows = k.shape[2]
+    out = q.new_empty(batch, heads, q_rows // of_q, k_rows // of_k, dtype=torch.float32)
+    small = q.element_size() == 4 or width > 128
+    tile = (max(of_q, 32 if small else 64), max(of_k, 32 if small else 64))
+    with _on(q):
+        scores_kernel[(count(q_rows, tile[0]), batch * heads)](
+            q, k, out, *q.stride()[:3], *k.stride()[:3], heads, heads // k.shape[1], q_rows, k_rows, scale * LOG2_E,
+            of_q, of_k, *tile, width, _padded(width), peak, _precision(q), INTERPRETED,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return out
+
+
 class _Call:
     """The arguments that every kernel takes."""
 
@@ -197,35 +226,6 @@ def _describable(x: Tensor) -> bool:
 def _padded(width: int) -> int:
     """The products' tiles are powers of two, at least 16."""
     return max(16, triton.next_power_of_2(width))
-
-
-def block_means(x: Tensor, block: int, valid: Tensor | None) -> Tensor:
-    """Means of blocks of tokens, float32 [B, H, n, D]."""
-    batch, heads, length, width = x.shape
-    blocks = count(length, block)
-    out = x.new_empty(batch, heads, blocks, width, dtype=torch.float32)
-    with _on(x):
-        means_kernel[(blocks, batch * heads)](
-            x, out, out if valid is None else valid, *x.stride()[:3], heads, length, blocks,
-            block, width, _padded(width), valid is not None,
-        )  # fmt: skip
-    return out
-
-
-def block_scores(q: Tensor, k: Tensor, of_q: int, of_k: int, scale: float, peak: bool) -> Tensor:
-    """Scores between blocks of tokens, float32 [B, Hq, nQ, nK]."""
-    batch, heads, q_rows, width = q.shape
-    k_rows = k.shape[2]
-    out = q.new_empty(batch, heads, q_rows // of_q, k_rows // of_k, dtype=torch.float32)
-    small = q.element_size() == 4 or width > 128
-    tile = (max(of_q, 32 if small else 64), max(of_k, 32 if small else 64))
-    with _on(q):
-        scores_kernel[(count(q_rows, tile[0]), batch * heads)](
-            q, k, out, *q.stride()[:3], *k.stride()[:3], heads, heads // k.shape[1], q_rows, k_rows, scale * LOG2_E,
-            of_q, of_k, *tile, width, _padded(width), peak, _precision(q), INTERPRETED,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
-    return out
 
 
 def _precision(x: Tensor) -> str:
