@@ -1,6 +1,7 @@
 """What masks that follow the tokens are made from: means of blocks, and scores between blocks.
 
-On a GPU by Triton kernels that never hold the matrix between tokens, elsewhere in torch by chunks of it.
+On a GPU by Triton kernels that never hold the matrix between tokens; elsewhere, and for what these have no tile for
+(scores of float32 wider than 64 or of more than 32 tokens, means of more than 128), in torch by chunks of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.kernels.attention.layout import count, described
-from diffdistill.kernels.attention.triton_kernels import support
+from diffdistill.kernels.attention.triton_kernels import configs, support
 
 Pooling = Literal["probability", "peak"]
 SCORES = 2**24  # of one chunk
@@ -54,8 +55,9 @@ def block_scores(
     if scale <= 0:
         raise UserError("scale", "must be positive", scale, "None is D^-1/2.")
     q, k = (x.detach() if x.stride(-1) == 1 else x.detach().contiguous() for x in (q, k))
-    if support.why_not(q, k, scale) is None:
-        found = _launch().block_scores(q, k, of_q, of_k, scale, pooling == "peak")
+    tile = configs.scores_tile(q.element_size(), q.shape[-1], of_q, of_k)
+    if tile is not None and support.why_not(q, k, scale) is None:
+        found = _launch().block_scores(q, k, of_q, of_k, scale, pooling == "peak", tile)
     else:
         found = _torch_scores(q, k, of_q, of_k, scale, pooling == "peak")
     return found / found.sum(-1, keepdim=True) if pooling == "peak" else found

@@ -68,6 +68,16 @@ def test_every_shipped_configuration_is_clean(features):
     assert said == []
 
 
+@pytest.mark.parametrize(
+    ("element", "width", "tokens"), [(2, 128, 32), (2, 64, 1), (2, 128, 128), (2, 256, 64), (4, 64, 32)]
+)
+def test_scores_between_blocks_neither_spill_nor_outgrow_shared_memory(element, width, tokens):
+    for arch in (86, 90):  # of the least shared memory, and of those that were at hand
+        local, shared = evidence.scores_usage(arch, element, width, tokens)
+        assert local == 0 and shared <= evidence.SHARED_LIMIT[arch] * 1024
+    assert configs.scores_tile(4, 128, 32, 32) is None and configs.scores_tile(4, 64, 32, 64) is None
+
+
 def test_each_problem_is_told():
     assert evidence.problems(PLAIN, found()) == []
     for changes, said in (

@@ -185,6 +185,15 @@ _SM100: _TABLE = {
 TABLE: dict[int, _TABLE] = {80: _SM80, 86: _SM86, 90: _SM90, 100: _SM100}
 
 
+def scores_tile(element: int, width: int, of_q: int, of_k: int) -> Tile | None:
+    """The tile of scores between blocks of of_q and of_k tokens, the same for every architecture. None: no tile is
+    without spills or fits shared memory."""
+    if element == 4:
+        return Tile(32, 32, 4, 1) if width <= 64 and max(of_q, of_k) <= 32 else None
+    m, n = max(of_q, 32 if width > 128 else 64), max(of_k, 32 if width > 128 else 64)
+    return Tile(m, n, 8 if max(m, n) > 64 else 4, 1 if width > 128 else 2)
+
+
 def architecture(capability: tuple[int, int]) -> int:
     """The table's architecture for a compute capability. Consumer GPUs since sm_86, sm_120 too, share memory limits."""
     major, minor = capability

@@ -34,6 +34,7 @@ from diffdistill.kernels.attention.triton_kernels import configs
 from diffdistill.kernels.attention.triton_kernels.backward import dkv_kernel, dq_kernel
 from diffdistill.kernels.attention.triton_kernels.configs import Kernel, Loads, Tile
 from diffdistill.kernels.attention.triton_kernels.forward import forward_kernel
+from diffdistill.kernels.attention.triton_kernels.pooling import scores_kernel
 from diffdistill.kernels.attention.triton_kernels.schedule import start_order
 from diffdistill.kernels.attention.triton_kernels.tangent import tangent_kernel
 
@@ -131,12 +132,8 @@ def shipped(arches: Iterable[int] = configs.ARCHITECTURES, features: Iterable[st
 def inspect(config: Config) -> Found:
     """Compile and take apart."""
     compiled = _compile(config)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _run("cuobjdump", "-res-usage", str(cubin))
-        assembly = _run("nvdisasm", str(cubin))
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    numbers = _usage(compiled.asm["cubin"])
+    assembly = _run("nvdisasm", compiled.asm["cubin"])
     shared = compiled.metadata.shared
     bound, serial = roofline(config)
     return Found(
@@ -161,7 +158,7 @@ def problems(config: Config, found: Found) -> list[str]:
     if not found.count(*mma(config)):
         said.append(f"no {' or '.join(mma(config))} in the main loop")
     copies = ("UTMALDG",) if config.loads == "tma" else ("LDGSTS", "UTMALDG")
-    if config.tile.stages > 1 and not found.count(*copies):
+    if (config.tile.stages > 1 or config.loads == "tma") and not found.count(*copies):
         said.append("no asynchronous copies in the main loop")
     if config.tile.stages > 1 and found.count("LDG.E.128", "LDG.E.LTC128B.128"):
         said.append("tiles are loaded synchronously")
@@ -235,6 +232,26 @@ def _compile(config: Config) -> Any:
         "UPCAST": False, "TMA": config.loads == "tma",
     }  # fmt: skip
     rows = tile.m if config.kernel == "dkv" else tile.n
+    tensors = STREAMED[config.kernel] if config.loads == "tma" else ()
+    described = dict.fromkeys(tensors, f"tensordesc<{element}[1,1,{rows},{config.width}]>")
+    return _built(program, values, described, element, config.arch, tile)
+
+
+def scores_usage(arch: int, element: int, width: int, tokens: int) -> tuple[int, int]:
+    """Bytes of local and of shared memory of the kernel of scores between blocks of `tokens`."""
+    tile = configs.scores_tile(element, width, tokens, tokens)
+    assert tile is not None
+    values = {
+        "TOKENS_Q": tokens, "TOKENS_K": tokens, "TILE_M": tile.m, "TILE_N": tile.n, "D": width, "PAD_D": width,
+        "PEAK": False, "PRECISION": "tf32x3" if element == 4 else "tf32", "UPCAST": False,
+    }  # fmt: skip
+    compiled = _built(scores_kernel, values, {"OUT": "*fp32"}, {2: "bf16", 4: "fp32"}[element], arch, tile)
+    numbers = _usage(compiled.asm["cubin"])
+    return numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared
+
+
+def _built(program: Any, values: dict[str, Any], types: dict[str, str], element: str, arch: int, tile: Tile) -> Any:
+    """A kernel compiled for an architecture. values: of its constants.  types: of arguments that are not as named."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     hints: dict[tuple[int], Any] = {}
@@ -242,15 +259,13 @@ def _compile(config: Config) -> Any:
         name = parameter.name
         if parameter.is_constexpr:
             signature[name], constants[(index,)] = "constexpr", values[name]
-        elif name in STREAMED[config.kernel] and config.loads == "tma":
-            signature[name] = f"tensordesc<{element}[1,1,{rows},{config.width}]>"
         else:
-            signature[name] = _type(name, element)
+            signature[name] = types.get(name) or _type(name, element)
             if signature[name].startswith("*") or name.endswith(("_b", "_h", "_s")):
                 hints[(index,)] = [["tt.divisibility", 16]]  # as the launcher says of aligned tensors
     return triton.compile(
         ASTSource(program, signature, constants, hints),
-        target=GPUTarget("cuda", config.arch, 32),
+        target=GPUTarget("cuda", arch, 32),
         options={"num_warps": tile.warps, "num_stages": tile.stages},
     )
 
@@ -265,8 +280,17 @@ def _type(name: str, element: str) -> str:
     return "fp32" if name == "scale" else "i32"
 
 
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([_tool(tool), *arguments], capture_output=True, text=True, check=True).stdout
+def _usage(cubin: bytes) -> dict[str, int]:
+    """REG, STACK and LOCAL of compiled code."""
+    return {name: int(n) for name, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", _run("cuobjdump", cubin, "-res-usage"))}
+
+
+def _run(tool: str, cubin: bytes, *options: str) -> str:
+    """What a tool prints of compiled code."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        return subprocess.run([_tool(tool), *options, str(file)], capture_output=True, text=True, check=True).stdout
 
 
 @cache

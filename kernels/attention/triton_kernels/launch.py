@@ -119,18 +119,16 @@ def block_means(x: Tensor, block: int, valid: Tensor | None) -> Tensor:
     return out
 
 
-def block_scores(q: Tensor, k: Tensor, of_q: int, of_k: int, scale: float, peak: bool) -> Tensor:
+def block_scores(q: Tensor, k: Tensor, of_q: int, of_k: int, scale: float, peak: bool, tile: configs.Tile) -> Tensor:
     """Scores between blocks of tokens, float32 [B, Hq, nQ, nK]."""
     batch, heads, q_rows, width = q.shape
     k_rows = k.shape[2]
     out = q.new_empty(batch, heads, q_rows // of_q, k_rows // of_k, dtype=torch.float32)
-    small = q.element_size() == 4 or width > 128
-    tile = (max(of_q, 32 if small else 64), max(of_k, 32 if small else 64))
     with _on(q):
-        scores_kernel[(count(q_rows, tile[0]), batch * heads)](
+        scores_kernel[(count(q_rows, tile.m), batch * heads)](
             q, k, out, *q.stride()[:3], *k.stride()[:3], heads, heads // k.shape[1], q_rows, k_rows, scale * LOG2_E,
-            of_q, of_k, *tile, width, _padded(width), peak, _precision(q), INTERPRETED,
-            num_warps=4, num_stages=2,
+            of_q, of_k, tile.m, tile.n, width, _padded(width), peak, _precision(q), INTERPRETED,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out
 
