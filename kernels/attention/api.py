@@ -144,13 +144,12 @@ def _refusals(
 
 def _named(backend: str, refused: dict[Backend, str]) -> Backend:
     """The backend of this name, which must be able to answer."""
-    found = next((name for name in BACKENDS if name == backend), None)
-    if found is None:
+    if backend not in BACKENDS:
         raise UserError("backend", f"must be one of {', '.join(BACKENDS)}, or None", repr(backend), "Mend the name.")
-    if found in refused:
+    if backend in refused:
         fix = "Name another backend, or none."
-        raise UserError("backend", f"must be able to answer this call: {refused[found]}", repr(backend), fix)
-    return found
+        raise UserError("backend", f"must be able to answer this call: {refused[backend]}", repr(backend), fix)
+    return backend
 
 
 @torch.compiler.assume_constant_result
