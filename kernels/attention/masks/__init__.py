@@ -1,0 +1,1 @@
+"""Block masks for attention, one file per method."""
