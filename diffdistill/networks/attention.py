@@ -186,9 +186,12 @@ def set_attention(network: nn.Module, attention: Attention, roles: Sequence[str]
     skipped = {selves[index] for index in dense}
     if isinstance(attention, BlockSparse) and attention.needs_grid:
         _announce_grid(network, chosen)
-    for name, module in chosen.items():
-        if name not in skipped:
+    for name, module in sites.items():
+        if name in chosen and name not in skipped:
             _processor_of(module).by_role.update(dict.fromkeys(roles or (None,), attention))
+        elif isinstance(module.processor, RoleAttention):  # what an earlier call gave these roles here
+            for role in roles or (None,):
+                module.processor.by_role.pop(role, None)
 
 
 def restore_attention(network: nn.Module) -> None:

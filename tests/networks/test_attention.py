@@ -138,6 +138,12 @@ def test_layers_named_dense_stay_stock():
     tokens = grid.length
     set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), dense_layers=(0,)), roles=None)
     assert list(explain(model)) == ["blocks.1.attn1"]
+    set_attention(model, attention.math, roles=None)
+    set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), dense_layers=(1,)), roles=None)
+    out(model, inputs)
+    sparse = [name for name, row in explain(model).items() if "block_sparse" in row["ran"]]
+    assert sparse == ["blocks.0.attn1"]  # what the earlier calls gave the others is gone
+    assert all(row["ran"] == "the stock processor" for name, row in explain(model).items() if name not in sparse)
     with pytest.raises(UserError, match="dense_layers must be indices of the network's 2 self-attentions"):
         set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), dense_layers=(2,)))
 
