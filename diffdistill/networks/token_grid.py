@@ -36,10 +36,10 @@ def telling(network: nn.Module) -> dict[str, nn.Module]:
 
 def announce(network: nn.Module) -> None:
     """Make them tell it in every forward pass."""
+    silence(network)  # a second time is as once
     for module in telling(network).values():
-        if _enter not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_enter, with_kwargs=True)
-            module.register_forward_hook(_leave, always_call=True)
+        module.register_forward_pre_hook(_enter, with_kwargs=True)
+        module.register_forward_hook(_leave, always_call=True)  # after errors too
 
 
 def silence(network: nn.Module) -> None:
