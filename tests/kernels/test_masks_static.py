@@ -327,7 +327,7 @@ def radial_pairs(grid, mask):
 
 RADIAL = [
     (Grid(9, 8, 16), Radial(block=64)),
-    (Grid(9, 8, 16), Radial(decay=0.7, block=64, sink=True)),
+    (Grid(5, 16, 20), Radial(decay=0.7, block=64, sink=True)),
     (Grid(13, 7, 11), Radial(block=64)),
     (Grid(12, 11, 11), Radial(decay=0.5)),
     (Grid(34, 4, 16), Radial(block=64)),

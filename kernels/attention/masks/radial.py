@@ -68,7 +68,7 @@ class Radial(StaticMask):
             first, last = max(start - frame * n, 0), min(stop - frame * n, n) - 1  # places of the queries in it
             far = reach[(frames - frame).abs()]
             here = (places + far).clamp(max=last) - (places - far).clamp(min=first)
-            found += (here + 1).clamp(min=0).masked_fill(far < 0, 0)
+            found += (here + 1).clamp(min=0)  # 0 too where `far` is -1
         if self.sink:
             found[0] = stop - start
         return found.flatten()
