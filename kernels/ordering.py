@@ -24,7 +24,8 @@ _Found = TypeVar("_Found")
 def built_once(function: Callable[_Arguments, _Found]) -> Callable[_Arguments, _Found]:
     """Decorator: cached, for what is made of grids and serves every later call, those with a gradient too.
 
-    Tensors are therefore made on the CPU and outside inference mode, whatever the first caller is in.
+    Tensors are therefore made on the CPU and outside inference mode, whatever the first caller is in. torch.compile
+    breaks its graph at the call: it would see through the cache and make them anew each time.
     """
 
     @cache
@@ -33,7 +34,7 @@ def built_once(function: Callable[_Arguments, _Found]) -> Callable[_Arguments, _
         with torch.inference_mode(False), torch.device("cpu"):
             return function(*args, **keywords)
 
-    return built  # type: ignore[return-value]
+    return torch.compiler.disable(built)
 
 
 @dataclass(frozen=True)
