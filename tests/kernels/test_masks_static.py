@@ -158,18 +158,18 @@ def test_layouts_are_made_once_and_serve_gradients_after_inference(name):
     assert bool(v.grad.abs().sum() > 0)
 
 
-def test_compiled_code_takes_the_layout_that_was_made():
+def test_compiled_code_takes_the_order_and_the_layout_that_were_made():
     grid, mask = Grid(3, 9, 16, text=3), MASKS["sta"]
     want = attention(*problem(grid), grid, mask)
     torch.compiler.reset()
 
     @torch.compile(backend="eager")
     def compiled(q, k, v):
-        return attention(q, k, v, grid, mask), mask.layout(q, k, grid, 1.0)
+        return attention(q, k, v, grid, mask), mask.ordering(grid), mask.layout(q, k, grid, 1.0)
 
-    found, layout = compiled(*problem(grid))
+    found, order, layout = compiled(*problem(grid))
     torch.testing.assert_close(found, want)
-    assert layout is layout_of(mask, grid)
+    assert order is mask.ordering(grid) and layout is layout_of(mask, grid)
 
 
 @pytest.mark.parametrize("name", MASKS)
