@@ -19,7 +19,7 @@ from diffdistill.cached_tensors import Source, sources
 from diffdistill.config import build
 from diffdistill.config_types import dot, show
 from diffdistill.errors import UserError
-from diffdistill.evaluation import harness
+from diffdistill.evaluation import factors, harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import resolve
@@ -122,6 +122,8 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     figures: dict[str, Any] = {}
     if judge is not None:
         judge.check(recipe.data)
+        if judge.factors:
+            factors.check(recipe)
         if judge.teacher == "card":
             figures = harness.read_card(*card_of(settings["networks"]), judge, recipe.data, recipe.sampler.nfe)
     for key in MADE.values():  # also where this method needs none: a mistake is told

@@ -15,7 +15,7 @@ from rich.progress import Progress as Bar
 from diffdistill import checkpoint
 from diffdistill.checkpoint import Checkpoint
 from diffdistill.errors import Stopped
-from diffdistill.evaluation import harness
+from diffdistill.evaluation import factors, harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
@@ -152,6 +152,9 @@ class Run:
                 summary["protocol"] = protocol.to_json()
                 if self.evaluation.teacher == "fresh":
                     summary["teacher"], _ = self._figures(recipe.sampler, self.evaluation)
+                if self.evaluation.factors:
+                    self.console.print("timing steps and attention ...")
+                    summary["factors"] = factors.report(recipe, self.evaluation, summary, self.folder.path)["factors"]
             reason = refusal(recipe)
             if reason is None:
                 write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
@@ -181,7 +184,7 @@ class Run:
         self.console.print("look at next:")
         folder = self.folder.path
         picture = sorted((folder / "samples").iterdir())[-1]
-        for path in (picture, folder / "summary.json", folder / "pipeline"):
+        for path in (picture, folder / "summary.json", folder / "factors.md", folder / "pipeline"):
             if not path.exists():
                 continue
             self.console.print(f"  {path}", soft_wrap=True, highlight=False)

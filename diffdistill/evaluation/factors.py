@@ -130,6 +130,14 @@ def report(recipe: Recipe, evaluation: Evaluation, summary: Mapping[str, Any], f
     return found
 
 
+def check(recipe: Recipe) -> None:
+    """Refuse, before any work, a run whose student has no masks or no steps to count."""
+    if not isinstance(recipe.distiller.generator, Generator):
+        found = type(recipe.distiller.generator).__name__
+        raise UserError("evaluation.factors", "needs a student of few steps", found, "Set it to false.")
+    attention_of(recipe)
+
+
 def attention_of(recipe: Recipe) -> BlockSparse:
     """The masks of the recipe's student."""
     network = recipe.networks["student"].network

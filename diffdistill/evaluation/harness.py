@@ -43,6 +43,7 @@ class Evaluation:
     out.
     prdc_space: whether prdc works on the values themselves or on features.
     interim_samples: samples of the evaluations before the last (fd_pixel reads higher on fewer).
+    factors: at the end of a run also report what fewer steps and sparse attention save (see `factors`).
     """
 
     every: int
@@ -54,6 +55,7 @@ class Evaluation:
     replicates: int
     teacher: Literal["card", "fresh", "none"]
     prdc_space: Literal["values", "features"] = "values"
+    factors: bool = False
 
     def __post_init__(self) -> None:
         require_at_least(
