@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention import cpu_scores
 from diffdistill.kernels.attention.layout import count, described
 from diffdistill.kernels.attention.triton_kernels import configs, support
 
@@ -58,6 +59,8 @@ def block_scores(
     tile = configs.scores_tile(q.element_size(), q.shape[-1], of_q, of_k)
     if tile is not None and support.why_not(q, k, scale) is None:
         found = _launch().block_scores(q, k, of_q, of_k, scale, pooling == "peak", tile)
+    elif cpu_scores.why_not(q) is None:
+        found = cpu_scores.block_scores(q, k, of_q, of_k, scale, pooling == "peak")
     else:
         found = _torch_scores(q, k, of_q, of_k, scale, pooling == "peak")
     return found / found.sum(-1, keepdim=True) if pooling == "peak" else found
