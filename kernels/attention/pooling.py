@@ -75,11 +75,7 @@ class _Means(torch.autograd.Function):
         x = x if x.stride(-1) == 1 else x.contiguous()
         if block <= LARGEST and support.why_not(x, x, 1.0) is None:
             return _launch().block_means(x, block, valid)
-        missing = count(x.shape[2], block) * block - x.shape[2]
-        wide = F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, block)).to(torch.promote_types(x.dtype, torch.float32))
-        exists = torch.arange(block, device=x.device) < counts[:, None]
-        sums = wide.masked_fill(~exists[..., None], 0).sum(3)
-        return sums / counts.clamp(min=1)[:, None]
+        return _sums(x, block, None if valid is None else counts) / counts.clamp(min=1)[:, None]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -88,6 +84,19 @@ class _Means(torch.autograd.Function):
         exists = torch.arange(ctx.block, device=gradient.device) < counts[:, None]
         spread = share[..., None, :] * exists[..., None]
         return spread.flatten(2, 3)[:, :, : ctx.shape[2]].to(ctx.dtype), None, None
+
+
+def _sums(x: Tensor, block: int, counts: Tensor | None) -> Tensor:
+    """Of the tokens of each block, or of its first ones, in float32 or better: [B, H, n, D]."""
+    wide, whole = torch.promote_types(x.dtype, torch.float32), x.shape[2] // block * block
+    if counts is None:  # nothing to hide, nothing to copy
+        parts = [x[:, :, :whole].unflatten(2, (whole // block, block)).sum(3, dtype=wide)]
+        if whole < x.shape[2]:
+            parts.append(x[:, :, whole:].sum(2, keepdim=True, dtype=wide))
+        return torch.cat(parts, 2)
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+    exists = torch.arange(block, device=x.device) < counts[:, None]
+    return x.masked_fill(~exists[..., None], 0).sum(3, dtype=wide)
 
 
 def _counts(length: int, block: int, valid: Tensor | None, device: torch.device) -> Tensor:
