@@ -70,7 +70,7 @@ class _Means(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int, valid: Tensor | None) -> Tensor:
         ctx.shape, ctx.block, ctx.dtype = x.shape, block, x.dtype
-        counts = _counts(x.shape[2], block, valid, x.device)
+        counts = block_counts(x.shape[2], block, x.device) if valid is None else valid.long()
         ctx.save_for_backward(counts)
         x = x if x.stride(-1) == 1 else x.contiguous()
         if block <= LARGEST and support.why_not(x, x, 1.0) is None:
@@ -94,15 +94,14 @@ def _sums(x: Tensor, block: int, counts: Tensor | None) -> Tensor:
         if whole < x.shape[2]:
             parts.append(x[:, :, whole:].sum(2, keepdim=True, dtype=wide))
         return torch.cat(parts, 2)
-    x = F.pad(x, (0, 0, 0, -x.shape[2] % block)).unflatten(2, (-1, block))
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % block)) if x.shape[2] > whole else x
+    x = x.unflatten(2, (-1, block))
     exists = torch.arange(block, device=x.device) < counts[:, None]
     return x.masked_fill(~exists[..., None], 0).sum(3, dtype=wide)
 
 
-def _counts(length: int, block: int, valid: Tensor | None, device: torch.device) -> Tensor:
-    """Tokens that exist, int64 [n]."""
-    if valid is not None:
-        return valid.long()
+def block_counts(length: int, block: int, device: torch.device) -> Tensor:
+    """Tokens of each block, int64 [n]: the last may have fewer."""
     starts = torch.arange(count(length, block), device=device) * block
     return (length - starts).clamp(max=block)
 

@@ -20,7 +20,8 @@ from diffdistill.kernels.attention.masks.sparge import Sparge, similarity
 from diffdistill.kernels.attention.masks.vsa import VSA
 from diffdistill.kernels.ordering import Grid
 
-WHOLE, RAGGED, TEXT = Grid(4, 8, 32), Grid(3, 7, 31), Grid(4, 9, 20, text=70)  # 1024, 651 and 790 tokens
+WHOLE, SMALL, RAGGED = Grid(4, 8, 32), Grid(4, 8, 12), Grid(3, 7, 23)  # 1024, 384 and 483 tokens
+TEXT = Grid(4, 9, 12, text=70)  # 502
 TILED, EDGES = Grid(8, 8, 16), Grid(5, 9, 14, text=20)  # 16 tiles of 64; ragged ones in every direction
 
 
@@ -74,7 +75,7 @@ EVERYTHING = [
 
 
 @pytest.mark.parametrize("mask", EVERYTHING, ids=repr)
-@pytest.mark.parametrize("grid", [WHOLE, RAGGED, TEXT], ids=str)
+@pytest.mark.parametrize("grid", [SMALL, RAGGED, TEXT], ids=str)
 def test_with_every_block_on_it_is_dense_attention_whatever_the_order(mask, grid):
     q, k, v = tensors(grid.length, heads=4)
     found = attention(q, k, v, grid, mask, scale=0.25, backend="reference")
@@ -95,7 +96,7 @@ ADAPTIVE = [
 
 @pytest.mark.parametrize("mask", ADAPTIVE, ids=repr)
 def test_recomputation_under_checkpointing_gives_equal_gradients(mask):
-    grid = Grid(4, 8, 20, text=30)
+    grid = Grid(4, 8, 12, text=30)
     tokens = tensors(grid.length, heads=4, dtype=torch.float32)
 
     def gradients(run):
@@ -212,7 +213,7 @@ def test_rows_stay_between_least_and_most(sharpness, rows):
     assert (counts == rows).float().mean() > 0.5
 
 
-@pytest.mark.parametrize(("grid", "run"), [(WHOLE, 16), (RAGGED, 15), (TEXT, 9)], ids=str)
+@pytest.mark.parametrize(("grid", "run"), [(SMALL, 16), (RAGGED, 15), (TEXT, 9)], ids=str)
 @pytest.mark.parametrize("detach", [False, True])
 def test_the_global_branch_is_one_softmax_over_the_union(grid, run, detach):
     mask = ASA(density=0.3, block=64, global_run=run, detach_merge=detach, sampled=8)

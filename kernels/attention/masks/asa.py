@@ -139,12 +139,12 @@ def _joined(
     q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block: int, run: int, scale: float, backend: api.Backend | None
 ) -> Tensor:
     """One softmax over the chosen blocks and the means of runs, whose logits rise by the log of their tokens."""
-    length, counts = k.shape[2], _tokens(k.shape[2], run, k.device)
+    length, counts = k.shape[2], pooling.block_counts(k.shape[2], run, k.device)
     filling = -length % block
     k, v = (torch.cat((F.pad(x, (0, 0, 0, filling)), _run_means(x, run)), 2) for x in (k, v))
-    bias = torch.cat((counts.new_zeros(length + filling), counts)).clamp(min=1).log()
+    bias = torch.cat((counts.new_ones(length + filling), counts)).float().log()
     means = count(len(counts), block)  # blocks of them, on for every row
-    valid = torch.cat((_tokens(length, block, k.device), _tokens(len(counts), block, k.device))).to(torch.int32)
+    valid = torch.cat([pooling.block_counts(n, block, k.device) for n in (length, len(counts))]).to(torch.int32)
     kept = lists(F.pad(chosen, (0, means), value=True))
     layout = BlockLayout.trusted(block, block, q.shape[2], k.shape[2], *kept, valid)
     return api.block_sparse_attention(q, k, v, layout, scale, bias[None, None], backend=backend)
@@ -156,18 +156,12 @@ def _merged(
     """The same output in two calls, whose shares are constants."""
     layout = BlockLayout.from_mask(chosen, q.shape[2], k.shape[2], block, block)
     o, lse = api.block_sparse_attention(q, k, v, layout, scale, return_lse=True, backend=backend)
-    counts = _tokens(k.shape[2], run, k.device)
+    counts = pooling.block_counts(k.shape[2], run, k.device)
     every = BlockLayout.full(q.shape[2], len(counts), block, block, device=q.device)
     means = (_run_means(k, run), _run_means(v, run))
-    bias = counts.log()[None, None]
+    bias = counts.float().log()[None, None]
     o_g, lse_g = api.block_sparse_attention(q, *means, every, scale, bias, return_lse=True, backend=backend)
     return merge(o, lse.detach(), o_g, lse_g.detach())[0]
-
-
-def _tokens(length: int, run: int, device: torch.device) -> Tensor:
-    """Tokens of each run, float32 [length / run, rounded up]: the last may have fewer."""
-    starts = torch.arange(count(length, run), device=device) * run
-    return (length - starts).clamp(max=run).float()
 
 
 def _run_means(x: Tensor, run: int) -> Tensor:

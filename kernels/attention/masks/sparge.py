@@ -1,4 +1,4 @@
-"""SpargeAttn's first stage (2502.18137): blocks of similar tokens stand for themselves by their mean, all others are on.
+"""SpargeAttn's first stage (2502.18137): the mean of a block of similar tokens stands for it, other blocks are all on.
 
 Training-free. Its second stage, which skips products of small probabilities inside the kernel, and its 8-bit types
 are not here.
@@ -54,10 +54,11 @@ class Sparge(Mask):
     def layout(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLayout:
         wide = torch.promote_types(q.dtype, torch.float32)
         q, k = q.to(wide), k.to(wide)
-        k = k - k.mean(2, keepdim=True)  # softmax does not see it, similarity does
+        middle = k.mean(2, keepdim=True)  # softmax does not see what keys share, similarity does
         alike_q = similarity(q, self.block_q) > self.theta
-        alike_k = (similarity(k, self.block_k) > self.theta).repeat_interleave(q.shape[1] // k.shape[1], 1)
-        means = (pooling.block_means(q, self.block_q), pooling.block_means(k, self.block_k))
+        alike_k = similarity(k, self.block_k, middle) > self.theta
+        alike_k = alike_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+        means = (pooling.block_means(q, self.block_q), pooling.block_means(k, self.block_k) - middle)
         logits = selection.logits(*means, scale).masked_fill(~alike_k[..., None, :], -torch.inf)
         kept = selection.largest(logits, self._counts(logits))
         kept |= ~alike_q[..., None] | ~alike_k[..., None, :]
@@ -73,9 +74,18 @@ class Sparge(Mask):
         return (mass <= self.tau * mass[..., -1:]).sum(-1).clamp(min=1)
 
 
-def similarity(x: Tensor, block: int) -> Tensor:
-    """Mean cosine over all pairs of tokens of each block, [B, H, n] in [0, 1]; x: [B, H, S, D] of float32 or float64.
+def similarity(x: Tensor, block: int, origin: Tensor | None = None) -> Tensor:
+    """Mean cosine over all pairs of tokens of each block, [B, H, n] in [0, 1]: the squared length of their mean unit.
 
-    It is the squared length of the mean of unit tokens.
+    x: [B, H, S, D] of float32 or float64.  origin: [B, H, 1, D], of the vectors whose cosines are taken; None: 0.
     """
-    return pooling.block_means(F.normalize(x, dim=-1), block).square().sum(-1)
+    weights = 1 / torch.linalg.vector_norm(x if origin is None else x - origin, dim=-1).clamp(min=1e-12)
+    filling = -x.shape[2] % block
+    tokens = pooling.block_counts(x.shape[2], block, x.device)[:, None]
+    weights = F.pad(weights, (0, filling)).unflatten(2, (-1, 1, block)) / tokens[..., None]
+    x = F.pad(x, (0, 0, 0, filling)) if filling else x
+    # a product in place of unit tokens: they would be a copy of the sequence
+    units = (weights @ x.unflatten(2, (-1, block))).squeeze(-2)
+    if origin is not None:
+        units = units - weights.sum(-1) * origin
+    return units.square().sum(-1)
