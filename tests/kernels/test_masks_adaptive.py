@@ -13,7 +13,7 @@ from diffdistill.kernels import ordering
 from diffdistill.kernels.attention import reference
 from diffdistill.kernels.attention.api import block_sparse_attention
 from diffdistill.kernels.attention.layout import BlockLayout
-from diffdistill.kernels.attention.masks import selection
+from diffdistill.kernels.attention.masks import asa, selection
 from diffdistill.kernels.attention.masks.asa import ASA
 from diffdistill.kernels.attention.masks.base import attention
 from diffdistill.kernels.attention.masks.sparge import Sparge, similarity
@@ -259,7 +259,10 @@ def test_samples_are_drawn_from_the_seed_alone_for_each_head_and_side():
     mask = ASA(density=0.5, sampled=4, order="raster")
     found = kept(mask, *same, WHOLE)
     torch.rand(3)
+    asa._offsets.cache_clear()  # another process
     assert torch.equal(kept(ASA(density=0.5, sampled=4, order="raster"), *same, WHOLE), found)
+    of_q, of_k = asa._offsets(0, 8, 128, 4, q.device)
+    assert not (of_q == of_k).all(-1).any()
     assert not (found == found[:, :1]).all()
     assert not torch.equal(kept(ASA(density=0.5, sampled=4, order="raster", seed=1), *same, WHOLE), found)
     two = torch.cat((same[0], 2 * same[0])), torch.cat((same[1], same[1]))
@@ -292,6 +295,17 @@ def test_padding_slots_never_matter(mask, coarse):
     wanted = order.undo(mask.attend(q, k, v, EDGES))
     q, k, v = (x.masked_fill(~order.real[:, None], torch.nan) for x in (q, k, v))
     assert torch.equal(order.undo(mask.attend(q, k, v, EDGES)), wanted) and wanted.isfinite().all()
+
+
+def test_blocks_of_padding_alone_cost_nothing():
+    mask = VSA(density=0.3, tile=(4, 8, 8))
+    order = mask.ordering(EDGES)
+    q, k, _ = (order.apply(x) for x in tensors(EDGES.length))
+    q[..., 0], k[..., 0] = 9, torch.where(order.real, -9, 0)  # zeros would score highest
+    found, real = kept(mask, q, k, EDGES)[0], order.valid(64) > 0
+    assert not real.all() and not found[:, ~real].any() and not found[:, :, ~real].any()
+    video = found[:, real][:, :-1, :-1]
+    assert (video.sum(-1) >= math.ceil(0.3 * int(real.sum())) - 1).all()
 
 
 def test_whole_tiles_are_the_kernel_without_counts():
@@ -332,7 +346,7 @@ def test_the_coarse_branch_has_its_gradient():
 
 def test_a_density_rounds_up_but_not_by_a_rounding():
     q, k, _ = tensors(40 * 64, width=4, heads=1, kv_heads=1)
-    for density, count in ((0.075, 3), (1 - 0.9, 4), (0.01, 1), (0.076, 4), (0.55, 22)):
+    for density, count in ((0.075, 3), (0.1 + 0.2, 12), (0.01, 1), (0.076, 4), (0.55, 22)):
         assert kept(VSA(density=density), q, k, Grid(40, 8, 8)).sum(-1).unique().tolist() == [count]
 
 
@@ -373,15 +387,16 @@ def test_a_row_keeps_the_largest_blocks_within_tau_at_least_one():
 
 def test_blocks_of_unlike_tokens_are_on_and_do_not_weigh():
     draw = torch.Generator().manual_seed(0)
-    tokens = [torch.randn(1, 1, n, 32, generator=draw) for n in (8, 16)]
-    q, k = (10 * x.repeat_interleave(n, 2) for x, n in zip(tokens, (128, 64), strict=True))
-    q[:, :, 256:384] = torch.randn(1, 1, 128, 32, generator=draw)
-    k[:, :, 320:384] = 10 * torch.randn(1, 1, 64, 32, generator=draw)
+    q, k = (10 * torch.randn(1, 1, 1024, 32, generator=draw) for _ in range(2))
+    like_q, like_k = torch.ones(1024, dtype=torch.bool), torch.ones(1024, dtype=torch.bool)
+    like_q[256:384], like_k[320:384] = False, False
+    q[:, :, like_q], k[:, :, like_k] = 0, 0
+    q[..., 0], k[..., 0] = 10, torch.arange(16).repeat_interleave(64) / 16.0
+    k[:, :, ~like_k, 0] = 5  # its mean scores highest
     found = kept(Sparge(theta=0.6, density=1 / 16), q, k, WHOLE)[0, 0]
-    assert found[2].all() and found[:, 5].all()
-    others = torch.ones_like(found)
-    others[2], others[:, 5] = False, False
-    assert (found & others).sum(-1).tolist() == [1, 1, 0, 1, 1, 1, 1, 1]
+    wanted = torch.zeros_like(found)
+    wanted[2], wanted[:, 5], wanted[:, 15] = True, True, True
+    assert torch.equal(found, wanted)
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------

@@ -83,7 +83,10 @@ def test_rescaled_parts_of_dense_attention_add_up():
     parts = [rescale(*softmax(q, k, v), full) for k, v in ((k_a, v_a), (k_b, v_b))]
     torch.testing.assert_close(parts[0] + parts[1], wanted, rtol=0, atol=1e-12)
     nothing = torch.full((1, 1, 1), -torch.inf)
-    assert not rescale(torch.zeros(1, 1, 1, 2), nothing, nothing).any()
+    o = torch.zeros(1, 1, 1, 2, requires_grad=True)
+    found = rescale(o, nothing.requires_grad_(), nothing)
+    assert not found.any()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(found.sum(), (o, nothing)))
 
 
 @pytest.mark.parametrize("weights", [(0.0, 1.0), (1.0, -1.0), (1.0, float("inf"))])

@@ -58,7 +58,7 @@ class Sparge(Mask):
         alike_q = similarity(q, self.block_q) > self.theta
         alike_k = similarity(k, self.block_k, middle) > self.theta
         alike_k = alike_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        means = (pooling.block_means(q, self.block_q), pooling.block_means(k, self.block_k) - middle)
+        means = (pooling.block_means(q, self.block_q), pooling.block_means(k, self.block_k))
         logits = selection.logits(*means, scale).masked_fill(~alike_k[..., None, :], -torch.inf)
         kept = selection.largest(logits, self._counts(logits))
         kept |= ~alike_q[..., None] | ~alike_k[..., None, :]
