@@ -49,6 +49,7 @@ def train(
     precision: Literal["fp32", "bf16"] | None,
     guidance: DictConfig,
     roles: DictConfig,
+    attention: DictConfig,
     lora: DictConfig,
     init: dict[str, str],
     stages: dict[str, dict[str, Any]],
@@ -171,7 +172,7 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-    for key in ("adapter", *MADE.values()):
+    for key in ("adapter", "attention", *MADE.values()):
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
     ours, theirs = (dict(_leaves(OmegaConf.create(_plain(node)))) for node in (settings, stored))

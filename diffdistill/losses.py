@@ -49,6 +49,12 @@ def truncated_snr(t: Tensor, process: NoiseProcess) -> Tensor:
     return (alpha / sigma).square().clamp(min=1)
 
 
+def clipped_snr(t: Tensor, process: NoiseProcess) -> Tensor:
+    """min(alpha^2/sigma^2, 5): min-SNR-5 on the x0 error. Hang et al. 2023, arXiv:2303.09556."""
+    alpha, sigma = process.alpha_sigma(t)
+    return (alpha / sigma).square().clamp(max=5)
+
+
 def eps_weight(t: Tensor, process: NoiseProcess) -> Tensor:
     """alpha^2/sigma^2: the squared error of the noise prediction. Ho et al. 2020, arXiv:2006.11239."""
     alpha, sigma = process.alpha_sigma(t)

@@ -12,16 +12,21 @@ from diffdistill.networks.roles import Networks
 from diffdistill.solvers import Sampler
 
 MOST_CLASSES = 16  # with a column each
+MOST_CLIPS = 8  # of a picture of videos, one row each
 
 
 def draw_picture(
     data: Data, sampler: Sampler, num: int, seed: int, path: Path, networks: Networks | None = None
 ) -> None:
-    """Draw a grid of images, one class per column where there are classes, or a scatter plot of points."""
+    """Draw images, one class per column where there are classes, one video per row, or a scatter plot of points."""
     device, dtype = where(networks)
+    if len(data.shape) == 4:
+        num = min(num, MOST_CLIPS)
     labels = torch.arange(num) % data.num_classes if data.num_classes else None
     samples, _ = harness.draw(sampler, data, num, seed, 500, device, dtype, labels)
-    if len(data.shape) == 3:
+    if len(data.shape) == 4:
+        plots.film_strips(samples, path)
+    elif len(data.shape) == 3:
         plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= MOST_CLASSES else 8)
     else:
         plots.scatter(samples, data.reference().data, path)

@@ -94,6 +94,20 @@ class NoiseProcess(ABC):
         spread = (sigma_t.square() - (ratio * sigma_s).square()).clamp(min=0).sqrt()
         return expand(ratio, x_s) * x_s + expand(spread, x_s) * eps
 
+    def denoising_target(self, x_s: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """g and g y for x_t = diffuse(x_s, s, t, eps), where E[y | x_t] = E[x0 | x_t] whatever the law of x_s.
+
+        y = x_s/alpha_s - (alpha_t sigma_s^2 / (alpha_s^2 g)) eps, g = the std of the added noise, [B]; g y [B, ...]
+        stays finite as t nears s. At s with sigma_s = 0, y is x_s/alpha_s. By Tweedie's formula through p(x_t | x_s):
+        Phased DMD, arXiv:2510.27684.
+        """
+        alpha_s, sigma_s = self.alpha_sigma(s)
+        alpha_t, sigma_t = self.alpha_sigma(t)
+        ratio = alpha_t / alpha_s
+        spread = (sigma_t.square() - (ratio * sigma_s).square()).clamp(min=0).sqrt()
+        kept = ratio * sigma_s.square() / alpha_s
+        return spread, expand(spread / alpha_s, x_s) * x_s - expand(kept, x_s) * eps
+
     def jump(self, x_t: Tensor, x0: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """The point at s with the same x0 and eps: (sigma_s/sigma_t) x_t + (alpha_s - alpha_t sigma_s/sigma_t) x0.
 

@@ -12,8 +12,10 @@ from omegaconf import OmegaConf
 from diffdistill.config import build
 from diffdistill.config_check import check_keywords
 from diffdistill.data import Data
+from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
+from diffdistill.networks.attention import set_attention
 from diffdistill.networks.files import seeded
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
@@ -78,9 +80,26 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             guidance_scale=scale,
             guidance_interval=interval,
         )
+    for role, node in (settings.get("attention") or {}).items():
+        _attend(networks, str(role), build(node))
     distiller = build(settings["distiller"], networks=networks)
     sampler = build(settings["sampler"], denoiser=networks["teacher"])
     return Recipe(data, networks, distiller, needs, sampler)
+
+
+def _attend(networks: Networks, role: str, attention: Any) -> None:
+    """Compute the attention of one role's network by `attention`."""
+    key = f"attention.{role}"
+    if role not in networks or not isinstance(networks[role], Denoiser):
+        raise UserError(key, "must name a role with a network", role, "Mend the role's name.")
+    try:
+        set_attention(networks[role].network.backbone, attention, roles=(role,))
+    except AttributeError as error:
+        raise UserError(
+            key, "needs a diffusers network", type(networks[role].network).__name__, "Leave it out."
+        ) from error
+    except UserError as error:
+        raise UserError(f"{key}.{error.key}", error.constraint, error.value, error.fix) from error
 
 
 def _asked(part: Any) -> tuple[frozenset[str], Mapping[str, Role]]:

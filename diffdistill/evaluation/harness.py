@@ -25,6 +25,8 @@ from .protocol import Protocol, require_same
 CARD_SCHEMA = 1
 ON_IMAGES = ("fd_pixel", "fd", "label_agreement", "prdc", "memorised", "latency", "nfe")
 ON_PIXELS = ("fd_pixel", "prdc", "memorised", "latency", "nfe")  # of images without a feature network
+ON_VIDEOS = ("latency", "nfe")  # of unknown motion
+ON_MOTION = ("frame_fd", "frame_fd_pixel", "velocity_error", "label_agreement", *ON_VIDEOS)
 ON_POINTS = ("swd", "prdc", "latency", "nfe")
 ON_MODES = (*ON_POINTS, "modes", "kl", "w2")  # of points whose density is known
 # Values per image up to which fd_pixel is measured unasked: there, 100 replicates of 2,000 samples take five minutes of
@@ -71,6 +73,8 @@ class Evaluation:
         if self.metrics is not None:
             return self.metrics
         reference = data.reference()
+        if len(data.shape) == 4:
+            return ON_VIDEOS if reference.motion is None else ON_MOTION
         if len(data.shape) != 3:
             return ON_POINTS if reference.law is None else ON_MODES
         large = reference.data[0].numel() > FD_PIXEL_VALUES

@@ -11,18 +11,20 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 
-from . import kid, planar, prdc, sliced
+from . import kid, planar, prdc, sliced, tracking
 from .features import FeatureNetwork
-from .frechet import CONFIDENCE, frechet_with_interval
+from .frechet import CONFIDENCE, frechet_distance, frechet_with_interval, moments
 from .neighbours import memorised
 from .protocol import Protocol, tensor_sha256
 
 METRICS = (
     "fd_pixel", "fd", "kid", "prdc", "label_agreement", "memorised", "clip_score", "swd", "latency", "nfe",
-    "modes", "w2", "kl",
+    "modes", "w2", "kl", "frame_fd", "frame_fd_pixel", "velocity_error",
 )  # fmt: skip
 ON_FEATURES = ("fd", "kid", "label_agreement")
 ON_LAW = ("modes", "kl")
+ON_CLIPS = ("frame_fd", "frame_fd_pixel", "velocity_error")
+NOT_ON_CLIPS = ("fd_pixel", "fd", "kid", "prdc", "memorised", "swd")
 BLOCK = 1000
 
 Figures = dict[str, float | list[float]]
@@ -32,14 +34,15 @@ Figures = dict[str, float | list[float]]
 class Reference:
     """A fixed data set that samples are measured against.
 
-    data: images [n, C, H, W] in [-1, 1], or points [n, d].  labels: [n] int64, None where the data has no classes.
-    law: the density of points, where it is known.
+    data: images [n, C, H, W] or clips [n, C, T, H, W] in [-1, 1], or points [n, d].  labels: [n] int64, None where the
+    data has no classes.  law: the density of points, where it is known.  motion: the law of clips, where it is.
     """
 
     name: str
     data: Tensor
     labels: Tensor | None
     law: planar.Law | None = None
+    motion: tracking.Motion | None = None
 
 
 def check_metrics(
@@ -73,6 +76,12 @@ def check_metrics(
         if name == "w2" and reference.data.ndim != 2:
             raise UserError(key, f"must fit the data set: w2 is for points, {reference.name} has images",
                             name, "Leave it out; fd_pixel and swd are for images.")  # fmt: skip
+        if name in ON_CLIPS and reference.motion is None:
+            raise UserError(key, f"must fit the data set: {name} is for clips whose motion is known", name,
+                            "Leave it out.")  # fmt: skip
+        if name in NOT_ON_CLIPS and reference.data.ndim == 5:
+            raise UserError(key, f"must fit the data set: {name} is not for clips", name,
+                            f"Use {', '.join(ON_CLIPS)}.")  # fmt: skip
         smallest = 1
         if name == "kl":
             smallest = planar.NEIGHBOUR + 1
@@ -114,12 +123,14 @@ def measure(
     names = set(metrics)
     check_metrics(sorted(names), reference, features, len(samples), key=key)
     _check_samples(samples, labels, reference, names)
-    is_image = reference.data.ndim == 4
     x, y = reference.data.float(), samples.detach().float().cpu()
-    if is_image:
+    if reference.data.ndim in (4, 5):
         x, y = x.clamp(-1, 1), y.clamp(-1, 1)
 
     figures: Figures = {}
+    if reference.motion is not None:
+        figures |= _of_clips(x, y, labels, reference.motion, names, features)
+        names -= {"label_agreement"}
     if "fd_pixel" in names:
         figures["fd_pixel"], interval = frechet_with_interval(y, x, seed=seed, replicates=replicates)
         figures["fd_pixel_ci"] = list(interval)
@@ -156,6 +167,29 @@ def measure(
     return figures, _protocol(samples, reference, features, seed, replicates, prdc_space)
 
 
+def _of_clips(
+    x: Tensor,
+    y: Tensor,
+    labels: Tensor | None,
+    motion: tracking.Motion,
+    names: set[str],
+    features: FeatureNetwork | None,
+) -> Figures:
+    """Figures of clips y against reference clips x."""
+    found: Figures = {}
+    if "frame_fd" in names and features is not None:
+        ours, theirs = (_by_block(features.features, tracking.windows(clips)) for clips in (y, x))
+        found["frame_fd"] = frechet_distance(moments(ours), moments(theirs))
+    if "frame_fd_pixel" in names:
+        ours, theirs = (tracking.small_frames(clips) for clips in (y, x))
+        found["frame_fd_pixel"] = frechet_distance(moments(ours), moments(theirs))
+    if labels is not None and "velocity_error" in names:
+        found["velocity_error"] = tracking.velocity_error(y, labels, motion)
+    if labels is not None and features is not None and "label_agreement" in names:
+        found["label_agreement"] = tracking.shown_agreement(y, labels, motion, features)
+    return found
+
+
 def _protocol(
     samples: Tensor,
     reference: Reference,
@@ -173,7 +207,7 @@ def _protocol(
         num_samples=len(samples),
         seed=seed,
         resize="none",
-        clip=(-1.0, 1.0) if reference.data.ndim == 4 else None,
+        clip=(-1.0, 1.0) if reference.data.ndim in (4, 5) else None,
         dtype=str(samples.dtype).removeprefix("torch."),
         statistics_dtype="float64",
         covariance_eps=0.0,

@@ -41,6 +41,12 @@ def sample_grid(images: Tensor, path: str | Path, columns: int = 8, scale: int =
     utils.save_image(enlarged, str(path), nrow=columns, padding=2, pad_value=1.0, normalize=True, value_range=(-1, 1))
 
 
+def film_strips(videos: Tensor, path: str | Path, most: int = 8, scale: int = 3) -> None:
+    """Write videos [n, C, T, H, W] in [-1, 1] to `path`, one row each of at most `most` frames, evenly spaced."""
+    shown = videos[:, :, :: -(-videos.shape[2] // most)].transpose(1, 2)
+    sample_grid(shown.flatten(0, 1), path, columns=shown.shape[1], scale=scale)
+
+
 def scatter(samples: Tensor, reference: Tensor, path: str | Path) -> None:
     """Plot samples [n, 2] over reference [m, 2] on equal axes and write the figure to `path`.
 

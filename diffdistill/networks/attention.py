@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,7 +24,9 @@ from diffdistill.errors import UserError
 from diffdistill.kernels.attention import api
 from diffdistill.kernels.attention.layout import BlockLayout
 from diffdistill.kernels.attention.operators import recorded_backends
+from diffdistill.networks.block_sparse import BlockSparse, added
 from diffdistill.networks.call import current_call
+from diffdistill.networks.token_grid import GRIDS, announce, is_text, silence, telling
 
 
 class Attention(Protocol):
@@ -133,7 +135,7 @@ class Xformers:
         self.ready()
         ops = importlib.import_module("xformers.ops")
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        bias = None if mask is None else _added(mask, q.dtype).expand(*q.shape[:3], k.shape[2])
+        bias = None if mask is None else added(mask, q.dtype).expand(*q.shape[:3], k.shape[2])
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # it takes [B, N, H, D]
         return ops.memory_efficient_attention(q, k, v, attn_bias=bias, scale=scale).transpose(1, 2)
 
@@ -151,56 +153,6 @@ class Xformers:
         return "xformers' memory_efficient_attention"
 
 
-@dataclass(frozen=True, eq=False)
-class BlockSparse:
-    """Attention over the blocks of a mask; cross-attention and `dense_layers` stay stock.
-
-    mask: a layout, or a function of (q, k) that gives one, called without gradients; its lengths include joint text
-    tokens.  backend: of `block_sparse_attention`, None takes the rule's.  dense_layers: indices of self-attentions, in
-    the network's order, that are left as they are.  The model's own mask may hide keys, [B|1, H|1, 1, N].
-    """
-
-    mask: BlockLayout | Callable[[Tensor, Tensor], BlockLayout]
-    backend: api.Backend | None = None
-    dense_layers: Sequence[int] = ()
-    cross: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.mask, BlockLayout) and not callable(self.mask):
-            raise UserError("mask", "must be a BlockLayout or a function of (q, k)", repr(self.mask), "Give one.")
-        if self.backend is not None and self.backend not in api.BACKENDS:
-            legal = ", ".join(api.BACKENDS)
-            raise UserError("backend", f"must be one of {legal}, or None", repr(self.backend), "Mend the name.")
-
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float | None = None,
-        layout: BlockLayout | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        layout = self._layout(q, k) if layout is None else layout
-        bias = None if mask is None else _key_bias(mask)
-        return api.block_sparse_attention(q, k, v, layout, scale, bias, backend=self.backend)
-
-    def ready(self) -> None:
-        """Raise UserError if the named backend does not run at all."""
-        x = torch.zeros(1, 1, 1, 64)
-        api.explain(x, x, x, BlockLayout.full(1, 1), backend=self.backend)
-
-    def explain(self) -> str:
-        return f"block_sparse_attention, backend {self.backend or 'by its rule'}"
-
-    def _layout(self, q: Tensor, k: Tensor) -> BlockLayout:
-        if isinstance(self.mask, BlockLayout):
-            return self.mask
-        with torch.no_grad():
-            return self.mask(q, k)
-
-
 sdpa, math, flex, xformers = Sdpa(), Sdpa(fused=False), Flex(), Xformers()
 
 
@@ -210,9 +162,11 @@ sdpa, math, flex, xformers = Sdpa(), Sdpa(fused=False), Flex(), Xformers()
 def set_attention(network: nn.Module, attention: Attention, roles: Sequence[str] | None = ("student",)) -> None:
     """Compute the attention of `network`'s diffusers modules by `attention` while one of `roles` calls it.
 
-    roles: others, and calls outside every role, keep the stock processor; None: every call. A second call adds or
-    replaces roles; `restore_attention` takes all away.
-    Raises UserError if `attention` cannot run here, or the network has no attention to set.
+    roles: others, and calls outside every role, keep the stock processor; None: every call, as in a pipeline:
+    `set_attention(pipe.transformer, BlockSparse(mask=ASA(density=0.2)), roles=None)`. A second call adds or replaces
+    roles; `restore_attention` takes all away.
+    Raises UserError if `attention` cannot run here, the network has no attention to set, or a mask needs a grid of
+    tokens that is neither known of this network nor given.
     """
     if not callable(attention) or not hasattr(attention, "ready"):
         fix = "Give sdpa, math, flex, xformers or BlockSparse(...) of diffdistill.networks.attention."
@@ -221,18 +175,23 @@ def set_attention(network: nn.Module, attention: Attention, roles: Sequence[str]
         raise UserError("roles", "must be names of roles, or None for every call", repr(roles), "Write ('student',).")
     attention.ready()
     sites = _sites(network)
-    chosen = {name: module for name, module in sites.items() if attention.cross or not _is_cross(module)}
+    selves = [name for name, module in sites.items() if not _is_cross(name, module) and not is_text(network, name)]
+    chosen = sites if attention.cross else {name: sites[name] for name in selves}
     if not chosen:
         raise UserError("network", "must have attention modules", type(network).__name__, "Set none on this one.")
-    selves = [name for name, module in sites.items() if not _is_cross(module)]
     dense = tuple(getattr(attention, "dense_layers", ()))
     if any(not 0 <= index < len(selves) for index in dense):
         constraint = f"must be indices of the network's {len(selves)} self-attentions"
         raise UserError("dense_layers", constraint, list(dense), f"Give numbers from 0 to {len(selves) - 1}.")
     skipped = {selves[index] for index in dense}
-    for name, module in chosen.items():
-        if name not in skipped:
+    if isinstance(attention, BlockSparse) and attention.needs_grid:
+        _announce_grid(network, chosen)
+    for name, module in sites.items():
+        if name in chosen and name not in skipped:
             _processor_of(module).by_role.update(dict.fromkeys(roles or (None,), attention))
+        elif isinstance(module.processor, RoleAttention):  # what an earlier call gave these roles here
+            for role in roles or (None,):
+                module.processor.by_role.pop(role, None)
 
 
 def restore_attention(network: nn.Module) -> None:
@@ -240,6 +199,7 @@ def restore_attention(network: nn.Module) -> None:
     for module in _sites(network).values():
         if isinstance(module.processor, RoleAttention):
             module.set_processor(module.processor.stock)
+    silence(network)
 
 
 def explain(network: nn.Module) -> dict[str, dict[str, str]]:
@@ -347,30 +307,27 @@ def _sites(network: nn.Module) -> dict[str, Any]:
     }
 
 
-def _is_cross(module: Any) -> bool:
+def _is_cross(name: str, module: Any) -> bool:
     """Whether queries and keys come from different sequences: not of joint attention, which runs over both."""
-    return bool(getattr(module, "is_cross_attention", False))
+    # LTX's modules do not say; a block's second attention is the one over text
+    return bool(getattr(module, "is_cross_attention", name.rpartition(".")[2] == "attn2"))
+
+
+def _announce_grid(network: nn.Module, sites: Iterable[str]) -> None:
+    """Make the network's models tell their grid; refuse where a site lies in none of them."""
+    inside = tuple(f"{name}." if name else "" for name in telling(network))
+    lost = [site for site in sites if not site.startswith(inside)]
+    if lost:
+        constraint = f"must be given for models other than {', '.join(GRIDS)}"
+        fix = "Give BlockSparse(mask=..., grid=Grid(frames, height, width))."
+        raise UserError("grid", constraint, f"{type(network).__name__} with {lost[0]}", fix)
+    announce(network)
 
 
 def _no_layout(attention: Attention, layout: BlockLayout | None) -> None:
     if layout is not None:
         fix = "Use BlockSparse or flex."
         raise UserError("layout", "must be None for an attention without blocks", attention.explain(), fix)
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as a term of the logits."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
-
-
-def _key_bias(mask: Tensor) -> Tensor:
-    """A mask [B|1, H|1, 1, N] as float32 [B|1, H|1, N]."""
-    if mask.ndim != 4 or mask.shape[2] != 1:
-        found = f"a mask {list(mask.shape)}"
-        raise UserError("attention", "must take masks of keys alone, [B, H, 1, N]", found, "Keep the stock processor.")
-    return _added(mask, torch.float32)[:, :, 0].contiguous()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,14 @@ class Call:
     w: Tensor | None = None
     s: Tensor | None = None
     seed: int | None = None
+    _above: dict[float, tuple[bool, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def above(self, bound: float) -> tuple[bool, ...]:
+        """Of each sample whether its t, which must be there, lies above `bound`; waits for the device once per call."""
+        if bound not in self._above:
+            assert self.t is not None
+            self._above[bound] = tuple((self.t.detach() > bound).tolist())
+        return self._above[bound]
 
 
 _current: ContextVar[Call | None] = ContextVar("call", default=None)

@@ -9,6 +9,7 @@ import types
 import diffusers
 import pytest
 import torch
+from tiny_diffusers import made, out
 
 from diffdistill.autodiff import jvp
 from diffdistill.errors import UserError
@@ -18,101 +19,13 @@ from diffdistill.networks import attention
 from diffdistill.networks.attention import BlockSparse, explain, restore_attention, set_attention
 from diffdistill.networks.call import Call, checkpointed, enter
 
-
-def wan():
-    model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-        freq_dim=16, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 3, 12, 12),
-        "timestep": torch.tensor([3, 7]),
-        "encoder_hidden_states": torch.randn(2, 5, 16),
-    }
-    return model, inputs, 108
-
-
-def cogvideox():
-    model = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=8, text_embed_dim=8,
-        num_layers=2, sample_width=16, sample_height=16, sample_frames=9, patch_size=2, temporal_compression_ratio=4,
-        max_text_seq_length=6, use_rotary_positional_embeddings=True,
-    )  # fmt: skip
-    angles = torch.rand(192, 16)
-    inputs = {
-        "hidden_states": torch.randn(2, 3, 4, 16, 16),
-        "timestep": torch.tensor([3, 7]),
-        "encoder_hidden_states": torch.randn(2, 6, 8),
-        "image_rotary_emb": (angles.cos(), angles.sin()),
-    }
-    return model, inputs, 192 + 6
-
-
-def pixart():
-    model = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
-        cross_attention_dim=32, sample_size=24, patch_size=2, caption_channels=8, use_additional_conditions=False,
-        norm_num_groups=4,
-    )  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 24, 24),
-        "timestep": torch.tensor([3, 7]),
-        "encoder_hidden_states": torch.randn(2, 5, 8),
-        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-    return model, inputs, 144
-
-
-def dit():
-    model = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=2, sample_size=24,
-        patch_size=2, norm_num_groups=4, num_embeds_ada_norm=10,
-    )  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(2, 4, 24, 24),
-        "timestep": torch.tensor([3, 7]),
-        "class_labels": torch.tensor([1, 2]),
-    }
-    return model, inputs, 144
-
-
-def flux():
-    model = diffusers.FluxTransformer2DModel(
-        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=8, pooled_projection_dim=8, axes_dims_rope=(4, 4, 8), guidance_embeds=False,
-    )  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(2, 140, 4),
-        "encoder_hidden_states": torch.randn(2, 7, 8),
-        "pooled_projections": torch.randn(2, 8),
-        "timestep": torch.tensor([0.3, 0.7]),
-        "img_ids": torch.randint(12, (140, 3)).float(),
-        "txt_ids": torch.zeros(7, 3),
-    }
-    return model, inputs, 147
-
-
-MODELS = {f.__name__: f for f in (wan, cogvideox, pixart, dit, flux)}
 SELF = {"wan": 2, "cogvideox": 2, "pixart": 2, "dit": 2, "flux": 2}  # self- or joint attentions of each
 
 
-def made(name):
-    torch.manual_seed(0)
-    model, inputs, tokens = MODELS[name]()
-    for parameter in model.parameters():  # some blocks start as identities
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model.eval().requires_grad_(False), inputs, tokens
-
-
-def out(model, inputs):
-    return model(**inputs, return_dict=False)[0]
-
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SELF)
 def test_all_blocks_on_is_the_stock_processor(name):
-    model, inputs, tokens = made(name)
+    model, inputs, grid = made(name)
+    tokens = grid.length
     stock = out(model, inputs)
     full = BlockLayout.full(tokens, tokens)
     set_attention(model, BlockSparse(full), roles=None)
@@ -123,9 +36,10 @@ def test_all_blocks_on_is_the_stock_processor(name):
     assert len(report) == SELF[name] and all("block_sparse" in row["ran"] for row in report.values())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", SELF)
 def test_a_sparse_layout_changes_the_result_and_is_removed_again(name):
-    model, inputs, tokens = made(name)
+    model, inputs, grid = made(name)
+    tokens = grid.length
     stock = out(model, inputs)
     processors = {n: type(m.processor) for n, m in model.named_modules() if hasattr(m, "processor")}
     num = BlockLayout.full(tokens, tokens, 64, 64).num_q
@@ -151,7 +65,8 @@ def test_sdpa_and_math_take_cross_attention_with_its_mask_too(name):
 
 
 def test_math_and_block_sparse_have_a_rule_for_forward_mode_and_agree():
-    model, inputs, tokens = made("dit")
+    model, inputs, grid = made("dit")
+    tokens = grid.length
     x = inputs.pop("hidden_states")
 
     def network(x):
@@ -166,7 +81,8 @@ def test_math_and_block_sparse_have_a_rule_for_forward_mode_and_agree():
 
 
 def test_only_the_named_roles_are_changed():
-    model, inputs, tokens = made("dit")
+    model, inputs, grid = made("dit")
+    tokens = grid.length
     stock = out(model, inputs)
     half = BlockLayout.from_mask(torch.eye(2, dtype=torch.bool), tokens, tokens)
     set_attention(model, BlockSparse(half))
@@ -185,7 +101,8 @@ def test_only_the_named_roles_are_changed():
 
 
 def test_a_network_can_be_copied_and_saved_with_its_attention(tmp_path):
-    model, inputs, tokens = made("dit")
+    model, inputs, grid = made("dit")
+    tokens = grid.length
     set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens)), roles=None)
     wanted = out(model, inputs)
     double = copy.deepcopy(model)
@@ -198,7 +115,8 @@ def test_a_network_can_be_copied_and_saved_with_its_attention(tmp_path):
 
 
 def test_gradients_pass_and_checkpointing_repeats_the_roles_attention():
-    model, inputs, tokens = made("dit")
+    model, inputs, grid = made("dit")
+    tokens = grid.length
     half = BlockLayout.from_mask(torch.eye(2, dtype=torch.bool), tokens, tokens)
     set_attention(model, BlockSparse(half))
 
@@ -216,9 +134,16 @@ def test_gradients_pass_and_checkpointing_repeats_the_roles_attention():
 
 
 def test_layers_named_dense_stay_stock():
-    model, inputs, tokens = made("wan")
+    model, inputs, grid = made("wan")
+    tokens = grid.length
     set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), dense_layers=(0,)), roles=None)
     assert list(explain(model)) == ["blocks.1.attn1"]
+    set_attention(model, attention.math, roles=None)
+    set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), dense_layers=(1,)), roles=None)
+    out(model, inputs)
+    sparse = [name for name, row in explain(model).items() if "block_sparse" in row["ran"]]
+    assert sparse == ["blocks.0.attn1"]  # what the earlier calls gave the others is gone
+    assert all(row["ran"] == "the stock processor" for name, row in explain(model).items() if name not in sparse)
     with pytest.raises(UserError, match="dense_layers must be indices of the network's 2 self-attentions"):
         set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens), dense_layers=(2,)))
 
@@ -226,7 +151,8 @@ def test_layers_named_dense_stay_stock():
 def test_a_processor_that_never_calls_torchs_attention_is_refused():
     from diffusers.models.attention_processor import AttnProcessor
 
-    model, inputs, tokens = made("dit")
+    model, inputs, grid = made("dit")
+    tokens = grid.length
     for block in model.transformer_blocks:
         block.attn1.set_processor(AttnProcessor())
     set_attention(model, BlockSparse(BlockLayout.full(tokens, tokens)), roles=None)
@@ -265,7 +191,8 @@ def test_flex_is_the_stock_result_in_inference():
 
 @pytest.mark.slow
 def test_a_compiled_network_keeps_its_attention():
-    model, inputs, tokens = made("dit")
+    model, inputs, grid = made("dit")
+    tokens = grid.length
     set_attention(model, BlockSparse(BlockLayout.from_mask(torch.eye(2, dtype=torch.bool), tokens, tokens)), roles=None)
     wanted = out(model, inputs)
     compiled = torch.compile(model, backend="aot_eager")
@@ -305,7 +232,8 @@ def test_xformers_is_handed_tokens_before_heads(monkeypatch):
 
 
 def test_what_is_no_attention_is_refused():
-    model, _, tokens = made("dit")
+    model, _, grid = made("dit")
+    tokens = grid.length
     full = BlockLayout.full(tokens, tokens)
     with pytest.raises(UserError, match="attention must be a value, got 'math'"):
         set_attention(model, "math")

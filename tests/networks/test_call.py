@@ -118,3 +118,10 @@ def test_passes_record_role_batch_and_where_gradient_goes():
         ("teacher", 5, True, True, None),
         ("student", 5, True, True, (1,)),
     ]
+
+
+def test_a_call_tells_once_which_of_its_times_lie_above_a_bound():
+    call = Call("student", torch.tensor([0.1, 0.5, 0.9]))
+    assert call.above(0.5) == (False, False, True)
+    assert call.above(0.05) == (True, True, True)
+    assert call.above(0.5) is call.above(0.5)

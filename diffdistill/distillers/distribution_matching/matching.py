@@ -24,7 +24,8 @@ class DistributionMatching(Distiller):
     """A student, a fake score that denoises its samples, and the target both are held against.
 
     times: the student's grid, None is one step from t_max.  renoise, until: of its rollout.  student_law, critic_law:
-    laws of t.  weight: of one sample in the student's loss.  critic_weight: on the critic's x0 error.
+    laws of t, None where a method draws t itself.  weight: of one sample in the student's loss.  critic_weight: on the
+    critic's x0 error.
 
     critic_first: the critic steps before the student, each on samples of its own (Diff-Instruct, SiD); else after it,
     on the very samples the student was trained with (DMD, SwiftBrush).
@@ -38,8 +39,8 @@ class DistributionMatching(Distiller):
         times: Sequence[float] | None,
         renoise: Renoise,
         until: Until,
-        student_law: TimeLaw,
-        critic_law: TimeLaw,
+        student_law: TimeLaw | None,
+        critic_law: TimeLaw | None,
         weight: SampleWeight,
         critic_weight: losses.DenoisingWeight,
     ) -> None:
@@ -113,8 +114,9 @@ class DistributionMatching(Distiller):
         rollout: Rollout = batch.memo["rollout"]
         return rollout.x0.detach()
 
-    def noise(self, law: TimeLaw, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
+    def noise(self, law: TimeLaw | None, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         """t [B] from `law` and unit noise shaped like x0."""
+        assert law is not None
         t = law(rng, self.target.process, torch.promote_types(x0.dtype, torch.float32))
         return t, rng.normal(tuple(x0.shape), x0.dtype)
 
