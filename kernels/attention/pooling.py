@@ -1,7 +1,8 @@
 """What masks that follow the tokens are made from: means of blocks, and scores between blocks.
 
-On a GPU by Triton kernels that never hold the matrix between tokens; elsewhere, and for what these have no tile for
-(scores of float32 wider than 64 or of more than 32 tokens, means of more than 128), in torch by chunks of it.
+On a GPU by Triton kernels, and scores on a CPU by the native library: none ever holds the matrix between tokens.
+Elsewhere, and for what these do not take (on a GPU scores of float32 wider than 64 or of more than 32 tokens, and
+means of more than 128; on a CPU other types than float32 and bfloat16, and widths above 256), in torch by chunks of it.
 """
 
 from __future__ import annotations
