@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from diffdistill import export_video
 from diffdistill.adapter_file import attach
 from diffdistill.denoiser import SignalMap
 from diffdistill.errors import UserError
@@ -26,10 +27,12 @@ from diffdistill.evaluation import harness
 from diffdistill.evaluation.protocol import Protocol
 from diffdistill.generator import Generator, constant_inputs, fresh_from_t_min
 from diffdistill.hashing import file_sha256
+from diffdistill.moving_digits import prompts
 from diffdistill.networks.diffusers import UNet2D
 from diffdistill.networks.files import resolve
 from diffdistill.networks.inputs import EmbeddingWithInputs, fold_inputs
 from diffdistill.networks.mlp import Mlp
+from diffdistill.networks.wan import Wan
 from diffdistill.pipelines import CALL, SCHEMA, hashes
 from diffdistill.solvers import Sampler
 
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from diffdistill.recipe import Recipe
 
 TOLERANCE = 1e-5  # largest absolute difference on [0, 1]
+VIDEO_TOLERANCE = 1e-4  # behind a VAE that is the identity within 1e-5
 NUM_LEVELS = 40  # of the scheduler's Karras grid
 RHO = 7.0
 
@@ -54,7 +58,8 @@ torch.set_num_threads(1)
 pipeline = DiffusionPipeline.from_pretrained(folder)
 pipeline.set_progress_bar_config(disable=True)
 call = json.load(open(folder + "/call.json"))["call"]
-images = pipeline(**inputs, **call, generator=torch.Generator().manual_seed(0), output_type="pt").images
+made = pipeline(**inputs, **call, generator=torch.Generator().manual_seed(0), output_type="pt")
+images = made.images if hasattr(made, "images") else made.frames
 save_file({"images": torch.as_tensor(images).contiguous()}, out)
 """
 
@@ -67,6 +72,8 @@ def refusal(recipe: Recipe, sampler: Sampler | None = None) -> UserError | None:
         return reason
     if isinstance(network, Mlp) and not isinstance(generator, Generator):
         return None
+    if isinstance(network, Wan):
+        return export_video.refusal(recipe, generator)
     if recipe.networks.modes.get("student") == "adapter":
         fix = "format=adapter writes them as a file for any checkpoint of the base."
         return UserError("format", "pipeline needs a student without adapters of its own", "adapter", fix)
@@ -170,7 +177,9 @@ def write(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         folder = Path(aside) / out.name
         generator = recipe.distiller.generator if sampler is None else sampler
-        if isinstance(generator, Generator):
+        if isinstance(recipe.networks["student"].network, Wan):
+            _write_video(recipe, generator, folder, settings, summary)
+        elif isinstance(generator, Generator):
             _write_pipeline(recipe, generator, folder, settings, summary)
             verify(folder, recipe, generator)
         else:
@@ -187,6 +196,33 @@ def verify(folder: Path, recipe: Recipe, generator: Generator) -> float:
     num = 8
     cond = {"label": torch.arange(num) % recipe.data.num_classes} if recipe.data.num_classes else {}
     inputs = {"batch_size": num, **({"class_labels": cond["label"].tolist()} if cond else {})}
+    images = _made_alone(folder, inputs)
+    ours = _same_draws(recipe, generator, cond, num)
+    return _close(ours.clamp(-1, 1) / 2 + 0.5, images)
+
+
+def verify_video(folder: Path, recipe: Recipe, generator: Generator, settings: Mapping[str, Any]) -> float:
+    """As `verify`, for a WanPipeline: alone against the student with stock attention, and, where the student has masks,
+    with them against the student itself.
+
+    Raises UserError where either differs by more than 1e-4 on [0, 1].
+    """
+    labels = torch.arange(2) * 41 % recipe.data.num_classes
+    inputs, cond = export_video.inputs_of(labels), {"label": labels}
+    dense = export_video.dense_generator(_standalone(recipe, generator), generator)
+    frames = _made_alone(folder, inputs).transpose(1, 2)  # [B, C, T, H, W], its three channels equal
+    found = _close(_same_draws(recipe, dense, cond, 2).clamp(-1, 1) / 2 + 0.5, frames[:, :1], VIDEO_TOLERANCE)
+    if export_video.attention_of(settings) is not None:
+        pipeline = export_video.masked(settings, folder)
+        call = json.loads((folder / CALL).read_text())["call"]
+        made = pipeline(**inputs, **call, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+        ours = _same_draws(recipe, generator, cond, 2).clamp(-1, 1) / 2 + 0.5
+        found = max(found, _close(ours, torch.as_tensor(made).transpose(1, 2)[:, :1], VIDEO_TOLERANCE))
+    return found
+
+
+def _made_alone(folder: Path, inputs: Mapping[str, Any]) -> Tensor:
+    """What the folder's pipeline makes of `inputs` in a process without this package."""
     with tempfile.TemporaryDirectory() as aside:
         result = Path(aside) / "images.safetensors"
         command = [sys.executable, "-I", "-c", _CHILD, str(folder), str(result), json.dumps(inputs)]
@@ -194,20 +230,24 @@ def verify(folder: Path, recipe: Recipe, generator: Generator) -> float:
         if child.returncode:
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError("export", "must load in diffusers alone", str(folder), f"diffusers said: {last}")
-        images = load_file(result)["images"]
+        return load_file(result)["images"]
+
+
+def _same_draws(recipe: Recipe, generator: Generator, cond: Mapping[str, Tensor], num: int) -> Tensor:
+    """The generator's samples from the noise that a pipeline draws with seed 0."""
     device = recipe.networks.device
     draws = _TorchDraws(0, device)
     z = draws.normal((num, *recipe.data.shape), torch.float32)
     cond = {key: value.to(device) for key, value in cond.items()}
-    ours = generator.sample(z, cond, draws).cpu()  # type: ignore[arg-type]
-    difference = float((ours.clamp(-1, 1) / 2 + 0.5 - images).abs().max())
-    if not difference <= TOLERANCE:
-        raise UserError(
-            "export",
-            f"must equal the run's own samples within {TOLERANCE:g}",
-            f"{difference:.3g}",
-            "Nothing was written.",
-        )
+    return generator.sample(z, cond, draws).cpu()  # type: ignore[arg-type]
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float = TOLERANCE) -> float:
+    """The largest difference, refused above the tolerance."""
+    difference = float((ours - theirs).abs().max())
+    if not difference <= tolerance:
+        constraint = f"must equal the run's own samples within {tolerance:g}"
+        raise UserError("export", constraint, f"{difference:.3g}", "Nothing was written.")
     return difference
 
 
@@ -277,10 +317,69 @@ def _write_model(
         stock_unet(network, drop_null=False).save_pretrained(folder)
         description = _unet_description(network)
     (folder / "README.md").write_text(_model_readme(recipe, description, settings, summary))
+    _write_card(folder, next(folder.glob("*.safetensors")), settings, summary)
+
+
+def _write_video(
+    recipe: Recipe, sampler: Sampler, folder: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]
+) -> None:
+    export_video.write_parts(_standalone(recipe, sampler), recipe, sampler, folder, settings)
+    call = export_video.call_of(recipe, sampler)
+    (folder / "README.md").write_text(_video_readme(recipe, sampler, call, settings, summary))
+    contract = {
+        "schema": SCHEMA,
+        "call": call,
+        "nfe": sampler.nfe,
+        "times": list(export_video.sampler_times(sampler)),
+        "prompts": prompts(),
+        "attention": export_video.attention_of(settings),
+        "sha256": hashes(folder),
+    }
+    (folder / CALL).write_text(json.dumps(contract, indent=1) + "\n")
+    if isinstance(sampler, Generator):
+        verify_video(folder, recipe, sampler, settings)
+    _write_card(folder, next((folder / "transformer").glob("*.safetensors")), settings, summary)
+
+
+def _video_readme(
+    recipe: Recipe, sampler: Sampler, call: Mapping[str, Any], settings: Mapping[str, Any], summary: Mapping[str, Any]
+) -> str:
+    teacher = settings["networks"].get("path")
+    method = type(recipe.distiller).__name__
+    licence = recipe.data.source.licence if teacher is None else _licence(str(teacher))
+    base = "" if teacher is None else f"base_model: {teacher}\n"
+    keywords = "".join(f", {key}={value}" for key, value in call.items())
+    what = f"{method} student of {teacher}" if teacher else f"Denoiser of {recipe.data.name}"
+    return f"""---
+license: {licence}
+{base}library_name: diffusers
+tags: [diffdistill, {method.lower()}, text-to-video]
+---
+# {what}
+
+{sampler.nfe} network evaluations per clip, no guidance. Load it with diffusers alone:
+
+```python
+from diffusers import WanPipeline
+
+pipeline = WanPipeline.from_pretrained("this folder")
+frames = pipeline("digit 3 moving up and right"{keywords}).frames
+```
+
+The VAE is the identity and the text encoder random: both were built for these prompts, which `call.json` lists with
+the keyword arguments of the call. `prompts.safetensors` holds their embeddings for training.
+
+{export_video.attention_lines(settings)}
+Made by `{_command(settings)}`. Training data: {recipe.data.source.description}.
+
+{_figures(summary)}"""
+
+
+def _write_card(folder: Path, weights: Path, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """metrics.json, where figures were measured."""
     if summary.get("student"):
-        weights = file_sha256(next(folder.glob("*.safetensors")))
         figures, protocol = dict(summary["student"]), Protocol.from_json(summary["protocol"])
-        harness.write_card(folder / "metrics.json", figures, protocol, weights, _command(settings))
+        harness.write_card(folder / "metrics.json", figures, protocol, file_sha256(weights), _command(settings))
 
 
 def _readme(

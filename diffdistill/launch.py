@@ -227,7 +227,8 @@ def _accelerator(precision: str | None) -> Accelerator:
 def card_of(networks: Mapping[str, Any]) -> tuple[Path, str]:
     """Where the teacher's card lies and the hash of its weights."""
     folder = Path(resolve(str(networks.get("path", ""))))
-    weights = next(iter(sorted(folder.glob("*.safetensors"))), None) if networks.get("path") else None
+    inner = folder / "transformer" if (folder / "transformer").is_dir() else folder  # of a pipeline's folder
+    weights = next(iter(sorted(inner.glob("*.safetensors"))), None) if networks.get("path") else None
     if weights is None:
         raise UserError(
             "evaluation.teacher", "card needs shipped weights", networks.get("_target_"), "Set it to fresh or none."

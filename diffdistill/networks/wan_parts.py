@@ -51,16 +51,19 @@ def text_encoder(vocabulary: int) -> Any:
         return UMT5EncoderModel(config).eval()
 
 
-def scheduler(shift: float) -> Any:
-    """DDIM on a rectified flow's own times: DPM-Solver of order 1. shift: of its grid, see `solvers.shifted`."""
-    from diffusers import DPMSolverMultistepScheduler
+def scheduler(shift: float, num_steps: int) -> Any:
+    """Wan's own scheduler held to DDIM: order 1, without its corrector. shift: of its grid, see `solvers.flow_shift`.
 
-    return DPMSolverMultistepScheduler(
+    num_steps: of the calls it will serve; beyond them the corrector would set in.
+    """
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(
         solver_order=1,
         prediction_type="flow_prediction",
         use_flow_sigmas=True,
         flow_shift=shift,
-        final_sigmas_type="zero",
+        disable_corrector=list(range(num_steps)),
     )
 
 
@@ -112,8 +115,8 @@ def embedded(told: list[str]) -> Tensor:
     return states * found.attention_mask[..., None]
 
 
-def pipeline(transformer: Any, shift: float) -> Any:
-    """The WanPipeline around a transformer."""
+def pipeline(transformer: Any, shift: float, num_steps: int) -> Any:
+    """The WanPipeline around a transformer, for calls of `num_steps` steps."""
     from diffusers import WanPipeline
 
     words = tokenizer()
@@ -122,7 +125,7 @@ def pipeline(transformer: Any, shift: float) -> Any:
             tokenizer=words,
             text_encoder=text_encoder(len(words)),
             vae=identity_vae(),
-            scheduler=scheduler(shift),
+            scheduler=scheduler(shift, num_steps),
             transformer=transformer,
         )
 

@@ -20,10 +20,6 @@ class Full(Mask):
     def layout(self, q: Tensor, k: Tensor, grid: Grid, scale: float) -> BlockLayout:
         return _all(q.shape[2], k.shape[2], q.device)
 
-    def __call__(self, q: Tensor, k: Tensor) -> BlockLayout:
-        """Without a grid."""
-        return _all(q.shape[2], k.shape[2], q.device)
-
 
 @cache
 def _all(q_len: int, kv_len: int, device: torch.device) -> BlockLayout:

@@ -1,0 +1,167 @@
+"""A video student as a stock WanPipeline folder: the teacher's own parts around the student's transformer.
+
+The folder runs dense attention, for stock diffusers knows no other; its card shows the two lines that bring a sparse
+student's masks back. It is compared both ways before anything is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import OmegaConf
+
+from diffdistill.config import build
+from diffdistill.denoiser import Denoiser
+from diffdistill.errors import UserError
+from diffdistill.generator import Generator, ddim
+from diffdistill.moving_digits import prompts
+from diffdistill.networks.attention import restore_attention, set_attention
+from diffdistill.networks.files import quiet_diffusers, resolve
+from diffdistill.networks.wan import PROMPTS, Wan
+from diffdistill.solvers import Sampler, flow_shift
+
+if TYPE_CHECKING:
+    from diffdistill.recipe import Recipe
+
+TIME_TOLERANCE = 1e-5
+LARGEST_SHIFT = 1e4
+
+
+def refusal(recipe: Recipe, sampler: Sampler) -> UserError | None:
+    """Why this sampler of a Wan network cannot become a WanPipeline folder, or None."""
+    if isinstance(sampler, Generator):
+        if len(sampler.times) > 1 and sampler.renoise is not ddim:
+            found = getattr(sampler.renoise, "__name__", sampler.renoise)
+            return UserError("distiller.renoise", "must be ddim, as a flow scheduler steps", found, "Set it.")
+        if sampler.prior_std not in (None, 1.0):
+            return UserError("prior_std", "must be 1", sampler.prior_std, "WanPipeline draws unit noise.")
+    try:
+        shift_of(sampler_times(sampler), recipe.networks.teacher.process)
+    except UserError as error:
+        return error
+    return None
+
+
+def sampler_times(sampler: Any) -> tuple[float, ...]:
+    """The times at which a sampler calls its network."""
+    return sampler.times if isinstance(sampler, Generator) else sampler.times[:-1]
+
+
+def shift_of(times: tuple[float, ...], process: Any) -> float:
+    """The shift whose grid the times are. Raises UserError naming the nearest such grid's first time that differs."""
+    if len(times) == 1:
+        shift = 1.0
+    else:
+        u = 1 - (1 - 1 / 1000) / len(times)  # of the second time
+        odds = times[1] / (1 - times[1]) if times[1] < 1 else LARGEST_SHIFT
+        shift = odds * (1 - u) / u
+    grid = flow_shift(process, len(times), shift)[:-1]
+    for time, legal in zip(times, grid, strict=True):
+        if abs(time - legal) > TIME_TOLERANCE:
+            constraint = "must lie on a grid of solvers.flow_shift, which UniPCMultistepScheduler has"
+            raise UserError("distiller.times", constraint, time, f"The nearest on shift {shift:.6g} is {legal:.8g}.")
+    return shift
+
+
+def call_of(recipe: Recipe, sampler: Sampler) -> dict[str, Any]:
+    """Keyword arguments that make the pipeline's call the sampler's."""
+    _, frames, height, width = recipe.data.shape
+    return {
+        "height": height,
+        "width": width,
+        "num_frames": frames,
+        "num_inference_steps": len(sampler_times(sampler)),
+        "guidance_scale": 1.0,
+        "max_sequence_length": recipe.networks.teacher.prompts.shape[1],
+    }
+
+
+def write_parts(network: Wan, recipe: Recipe, sampler: Sampler, folder: Path, settings: Mapping[str, Any]) -> None:
+    """The pipeline's folder with `network`'s transformer, without card and call.json.
+
+    Tokenizer, text encoder and VAE are the teacher's; a network trained from random weights gets those its prompts
+    were embedded with.
+    """
+    from diffusers import WanPipeline
+
+    from diffdistill.networks import wan_parts
+
+    times = sampler_times(sampler)
+    shift = shift_of(times, network.process)
+    transformer = plain(network).transformer
+    path = settings["networks"].get("path")
+    if path is None:
+        pipeline = wan_parts.pipeline(transformer, shift, len(times))
+    else:
+        scheduler = wan_parts.scheduler(shift, len(times))
+        with quiet_diffusers():
+            pipeline = WanPipeline.from_pretrained(str(resolve(path)), transformer=transformer, scheduler=scheduler)
+    with quiet_diffusers():
+        pipeline.save_pretrained(folder)
+    if path is None:
+        wan_parts.write_prompts(folder)
+    else:
+        shutil.copy(Path(resolve(path)) / PROMPTS, folder / PROMPTS)
+
+
+def plain(network: Wan) -> Wan:
+    """The network with stock attention; changed in place."""
+    restore_attention(network.transformer)
+    return network
+
+
+def dense_generator(network: Wan, generator: Generator) -> Generator:
+    """The generator on a network of its own, outside every role, with stock attention."""
+    return replace(generator, student=Denoiser(plain(network), "exported"))
+
+
+def masked(settings: Mapping[str, Any], folder: Path) -> Any:
+    """The written pipeline with the student's masks set again, by the two lines of the card."""
+    from diffusers import WanPipeline
+
+    with quiet_diffusers():
+        pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    set_attention(pipeline.transformer, build(settings["attention"]["student"]), roles=None)
+    return pipeline
+
+
+def attention_of(settings: Mapping[str, Any]) -> Any:
+    """The configuration of the student's attention as plain values, None where it is stock."""
+    node = (settings.get("attention") or {}).get("student")
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+
+
+def attention_lines(settings: Mapping[str, Any]) -> str:
+    """The two lines that bring the student's masks back, in Markdown; empty for a dense student."""
+    node = attention_of(settings)
+    if node is None:
+        return ""
+    return f"""It was trained with block-sparse attention; the stock pipeline runs it densely, which is slower and gives
+other samples. With diffdistill installed two lines bring the masks back:
+
+```python
+from diffdistill.networks.attention import BlockSparse, set_attention
+set_attention(pipeline.transformer, {_call(node)}, roles=None)
+```
+"""
+
+
+def _call(node: Any) -> str:
+    """A configuration node as the Python that builds the same."""
+    if not isinstance(node, dict):
+        return repr(node)
+    name = str(node["_target_"]).rpartition(".")[2]
+    words = ", ".join(f"{key}={_call(value)}" for key, value in node.items() if not str(key).startswith("_"))
+    return f"{name}({words})"
+
+
+def inputs_of(labels: torch.Tensor) -> dict[str, Any]:
+    """The pipeline's inputs for classes."""
+    told = prompts()
+    return {"prompt": [told[int(label)] for label in labels]}
