@@ -9,7 +9,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.errors import UserError
-from diffdistill.kernels import ordering
 from diffdistill.kernels.attention import reference
 from diffdistill.kernels.attention.api import block_sparse_attention
 from diffdistill.kernels.attention.layout import BlockLayout
@@ -442,30 +441,3 @@ def test_branches_of_means_take_no_bias(mask):
 def test_a_configuration_may_give_the_tile_as_a_list():
     assert VSA(tile=[4, 4, 4]) == VSA()
     assert hash(VSA(tile=[4, 4, 4])) == hash(VSA())
-
-
-# the orders themselves have their own tests
-
-
-@pytest.fixture(autouse=True)
-def orders(monkeypatch):
-    if not hasattr(ordering, "gilbert"):
-        monkeypatch.setattr(ordering, "gilbert", snake, raising=False)
-        monkeypatch.setattr(ordering, "tiles", tiles, raising=False)
-
-
-def snake(grid):
-    order = torch.arange(grid.tokens).view(grid.sizes)
-    order = torch.where(torch.arange(grid.height)[:, None] % 2 == 1, order.flip(2), order)
-    return ordering.ordered(grid, order.flatten())
-
-
-def tiles(grid, tile):
-    found, steps = [], [range(0, n, t) for n, t in zip(grid.sizes, tile, strict=True)]
-    indices = torch.arange(grid.tokens).view(grid.sizes)
-    for f in steps[0]:
-        for h in steps[1]:
-            for w in steps[2]:
-                part = indices[f : f + tile[0], h : h + tile[1], w : w + tile[2]].flatten()
-                found.append(torch.nn.functional.pad(part, (0, math.prod(tile) - len(part)), value=-1))
-    return ordering.ordered(grid, torch.cat(found))
