@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal
 
 import torch
@@ -21,7 +20,7 @@ from diffdistill.kernels.attention.layout import BLOCKS, BlockLayout, count, lis
 from diffdistill.kernels.attention.masks import selection
 from diffdistill.kernels.attention.masks.base import Mask
 from diffdistill.kernels.attention.merge import merge
-from diffdistill.kernels.ordering import Grid, Ordering
+from diffdistill.kernels.ordering import Grid, Ordering, built_once
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,7 @@ class ASA(Mask):
         return (mass < self.tau).sum(-1).clamp(fewest, most)
 
 
-@cache
+@built_once
 def _offsets(seed: int, heads: int, block: int, sampled: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Places within a block for queries and for keys, int64 [H, sampled] each, ascending."""
     draw = torch.Generator().manual_seed(seed)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from diffdistill.kernels.attention import api, pooling
 from diffdistill.kernels.attention.layout import BLOCKS, BlockLayout, lists
 from diffdistill.kernels.attention.masks import selection
 from diffdistill.kernels.attention.masks.base import Mask
-from diffdistill.kernels.ordering import Grid, Ordering
+from diffdistill.kernels.ordering import Grid, Ordering, built_once
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,14 @@ class VSA(Mask):
         return BlockLayout.trusted(self.block, self.block, length, length, *lists(kept), valid)
 
 
-@cache
+@built_once
 def _counts(mask: VSA, grid: Grid, device: torch.device) -> Tensor | None:
     """Tokens that exist of each block, int32 [n]; None: all."""
     found = mask.ordering(grid).valid(mask.block)
     return None if found is None else found.to(device)
 
 
-@cache
+@built_once
 def _filled(mask: VSA, grid: Grid) -> int:
     """Blocks with any token."""
     found = _counts(mask, grid, torch.device("cpu"))
