@@ -24,7 +24,7 @@ from diffdistill.evaluation.plots import check_picture
 from diffdistill.kernels.attention import bench_cuda, ceiling, cpu
 from diffdistill.kernels.attention.bench_floors import Floor, floors
 from diffdistill.kernels.attention.bench_plot import plot_rates
-from diffdistill.kernels.attention.bench_runners import Group, Runner, runners
+from diffdistill.kernels.attention.bench_runners import MASKS, Group, Runner, runners
 from diffdistill.kernels.attention.bench_threads import Scaling, scaling
 from diffdistill.machine import machine
 
@@ -51,7 +51,8 @@ class Side:
 @dataclass(frozen=True)
 class Measured:
     """One runner of one group. density: the exact share of blocks.  milliseconds: median.  spread: (max - min) /
-    median.  gflops: on computed blocks.  share: of the group's ceiling, None where that has no such unit."""
+    median.  gflops: on computed blocks.  share: of the group's ceiling, None where that has no such unit or the runner
+    computes no blocks."""
 
     length: int
     width: int
@@ -108,10 +109,13 @@ def quick_groups() -> list[Group]:
 
 
 def all_groups() -> list[Group]:
-    """Every length, width, type and direction."""
+    """Every length, width, type and direction, and masks where attention is longest."""
     rivals = {"forward": ("sdpa", "flex", "gather_sdpa", "gather_bmm"), "backward": ("sdpa", "gather_bmm")}
+    masks = {(16384, 128, "forward"): tuple(MASKS)}
     return [
-        Group(length, width, dtype, direction, DENSITIES, rivals[direction])
+        Group(
+            length, width, dtype, direction, DENSITIES, (*rivals[direction], *masks.get((length, width, direction), ()))
+        )
         for length in (4096, 16384)
         for width in (64, 128)
         for dtype in ("bf16", "fp32")
@@ -188,7 +192,7 @@ def _row(group: Group, runner: Runner, times: list[float], top: Ceiling) -> Meas
         milliseconds=1000 * seconds,
         spread=_spread(times),
         gflops=gflops,
-        share=gflops / top.gflops if top.gflops else None,
+        share=gflops / top.gflops if top.gflops and gflops else None,
     )
 
 
@@ -226,7 +230,8 @@ def _table(group: Group, rows: list[Measured], top: Ceiling, unit: tuple[str, fl
     table = Table("runner", "density", "ms", name, "of the ceiling", title=title)
     for row in rows:
         share = "" if row.share is None else f"{row.share:.0%}"
-        table.add_row(row.runner, f"{row.density:.3f}", f"{row.milliseconds:.2f}", f"{row.gflops / size:.0f}", share)
+        rate = f"{row.gflops / size:.0f}" if row.gflops else ""
+        table.add_row(row.runner, f"{row.density:.3f}", f"{row.milliseconds:.2f}", rate, share)
     return table
 
 

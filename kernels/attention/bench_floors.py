@@ -19,6 +19,7 @@ SHARES = {
 OVER_FLEX = {"bf16": (4.0, 6.0), "fp32": (1.6, 2.1)}
 OVER_GATHER = {"bf16": (4.0, 5.0), "fp32": (2.2, 2.8)}  # at S = 16384, density .1
 OVER_SDPA_BACKWARD = {1.0: (1.7, 2.3), 0.3: (5.0, 7.0), 0.1: (15.0, 22.0)}  # bf16
+OVER_MASKS = {"mask of means": (1 / 0.15, 1 / 0.08), "mask of samples": (1 / 0.6, 1 / 0.35)}  # fp32, density .1
 LINEARITY = (0.8, 1 / 1.08)  # .1 time(1) / time(.1) at S = 16384
 THREADS = (1.7, 2.0)
 
@@ -39,7 +40,7 @@ class Floor:
 
 def floors(measured: Sequence[Measured], threads: Scaling | None) -> list[Floor]:
     """Those that the measurements allow: without a bf16 unit its shares have no ceiling."""
-    found = [*_shares(measured), *_rivals(measured), *_linearity(measured)]
+    found = [*_shares(measured), *_rivals(measured), *_masks(measured), *_linearity(measured)]
     if threads is not None:
         found += [Floor(f"two threads over one, {kind}", value, *THREADS) for kind, value in threads.ratios.items()]
     return found
@@ -66,6 +67,14 @@ def _rivals(measured: Sequence[Measured]) -> Iterator[Floor]:
         if dense and m.direction == "backward" and m.dtype == "bf16":
             nominal = min(OVER_SDPA_BACKWARD, key=lambda density: abs(density - m.density))
             yield Floor(f"over dense, {_cell(m)}", dense[0] / m.milliseconds, *OVER_SDPA_BACKWARD[nominal])
+
+
+def _masks(measured: Sequence[Measured]) -> Iterator[Floor]:
+    for m in (m for m in measured if m.runner in OVER_MASKS and m.dtype == "fp32"):
+        served = [r for r in measured if r.runner == "ours" and _group(r) == _group(m) and r.density == m.density]
+        if served:
+            name = f"attention over making its {m.runner}, {_cell(m)}"
+            yield Floor(name, served[0].milliseconds / m.milliseconds, *OVER_MASKS[m.runner])
 
 
 def _linearity(measured: Sequence[Measured]) -> Iterator[Floor]:

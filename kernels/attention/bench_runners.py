@@ -1,4 +1,4 @@
-"""What the bench times: ours and its rivals on one problem of one batch and head."""
+"""What the bench times: ours and its rivals on one problem of one batch and head, and how masks for it are made."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from torch import Tensor
 
 from diffdistill.kernels.attention import cpu, flex, gather
 from diffdistill.kernels.attention.layout import BlockLayout, count
+from diffdistill.kernels.attention.masks.asa import ASA
+from diffdistill.kernels.attention.masks.base import Mask
+from diffdistill.kernels.attention.masks.sparge import Sparge
+from diffdistill.kernels.ordering import Grid
 
 BLOCK = 128
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# made once, at the lowest density: from mean tokens (the dearest of these masks), and from 32 of 128 tokens
+MASKS: dict[str, Mask] = {
+    "mask of means": Sparge(theta=-0.1, density=0.1, order="raster"),
+    "mask of samples": ASA(order="raster"),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +44,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Runner:
-    """name: ours | sdpa | flex | gather_sdpa | gather_bmm.  density: exact.  operations: on computed blocks."""
+    """name: ours | sdpa | flex | gather_sdpa | gather_bmm, or a mask's.  density: exact.  operations: on computed
+    blocks, 0 for making a mask."""
 
     name: str
     density: float
@@ -61,9 +71,11 @@ def runners(group: Group) -> list[Runner]:
         for density in (1.0,) if name == "sdpa" else group.densities:
             if name.startswith("gather") and density == 1:
                 continue
+            if name in MASKS and density > min(group.densities):
+                continue
             layout = layout_of(group.length, density)
             call = _CALLS[group.direction, name](q, k, v, d_o, layout)
-            found.append(Runner(name, layout.density, per_score * layout.density, call))
+            found.append(Runner(name, layout.density, 0 if name in MASKS else per_score * layout.density, call))
     return found
 
 
@@ -116,12 +128,20 @@ def _gather_bmm_backward(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, layout: B
     return lambda: gather.backward(d_o, None, q, k, v, o, lse, layout, scale, None)
 
 
+def _mask(name: str) -> Callable[[Tensor, Tensor, Tensor, Tensor, BlockLayout], Callable[[], object]]:
+    def prepared(q: Tensor, k: Tensor, v: Tensor, d_o: Tensor, layout: BlockLayout) -> Callable[[], object]:
+        return lambda: MASKS[name].layout(q, k, Grid(1, 1, q.shape[2]), q.shape[-1] ** -0.5)
+
+    return prepared
+
+
 _CALLS: dict[tuple[str, str], Callable[[Tensor, Tensor, Tensor, Tensor, BlockLayout], Callable[[], object]]] = {
     ("forward", "ours"): _ours,
     ("forward", "sdpa"): _sdpa,
     ("forward", "flex"): _flex,
     ("forward", "gather_sdpa"): _gather_sdpa,
     ("forward", "gather_bmm"): _gather_bmm,
+    **{("forward", name): _mask(name) for name in MASKS},
     ("backward", "ours"): _ours_backward,
     ("backward", "sdpa"): _sdpa_backward,
     ("backward", "gather_bmm"): _gather_bmm_backward,

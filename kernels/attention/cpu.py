@@ -35,7 +35,9 @@ REFUSED = {  # what the library answers: argument, constraint, fix
 }
 
 
-class _Rows(ctypes.Structure):
+class Rows(ctypes.Structure):
+    """native/attention.h's Rows: of a tensor [B, H, S, width] its memory, and its strides in elements."""
+
     _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64)]
 
 
@@ -44,7 +46,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         *((name, c_int64) for name in ("batch", "heads", "kv_heads", "q_len", "kv_len", "width", "v_width")),
-        *((name, _Rows) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")),
+        *((name, Rows) for name in ("q", "k", "v", "o", "d_o", "d_q", "d_k", "d_v")),
         *((name, c_void_p) for name in ("lse", "d_lse", "bias")),
         *((name, c_int64) for name in ("bias_batch", "bias_head")),
         *((name, c_void_p) for name in ("kv_num", "kv_idx", "kv_valid")),
@@ -161,7 +163,7 @@ class _Arguments:
         for name, x in tensors.items():
             if x.stride(3) != 1 and x.shape[3] > 1:
                 x = x.contiguous()
-            setattr(self.call, name, _Rows(self._pointer(x), x.stride(0), x.stride(1), x.stride(2)))
+            setattr(self.call, name, Rows(self._pointer(x), x.stride(0), x.stride(1), x.stride(2)))
 
     def run(self, function: str, lse: Tensor, d_lse: Tensor | None = None) -> None:
         """Call the library's `function`. Raises UserError, or MemoryError."""
@@ -170,12 +172,7 @@ class _Arguments:
         if d_lse is not None:
             _require_shape(self.shape[:3], d_lse=d_lse)
             self.call.d_lse = self._pointer(d_lse.float().contiguous())
-        status = getattr(library(), f"attention_{function}")(ctypes.byref(self.call))
-        if status == 1:
-            raise MemoryError(f"attention's {function} pass found no memory for its working copies")
-        if status:
-            key, constraint, fix = REFUSED[status]
-            raise UserError(key, constraint, "another value", fix)
+        succeeded(getattr(library(), f"attention_{function}")(ctypes.byref(self.call)), f"attention's {function} pass")
 
     def _lists(self, layout: Any) -> None:
         for name in ("kv_num", "kv_idx", "kv_valid"):
@@ -240,6 +237,15 @@ def _require_shape(shape: tuple[int, ...], **tensors: Tensor) -> None:
     for name, x in tensors.items():
         if tuple(x.shape) != tuple(shape):
             raise UserError(name, f"must have shape {tuple(shape)}", tuple(x.shape), "Match the others.")
+
+
+def succeeded(status: int, what: str) -> None:
+    """Raise what the library's answer means, unless it is 0: UserError or MemoryError."""
+    if status == 1:
+        raise MemoryError(f"{what} found no memory for its working copies")
+    if status:
+        key, constraint, fix = REFUSED[status]
+        raise UserError(key, constraint, "another value", fix)
 
 
 def _runnable(library: ctypes.CDLL) -> list[str]:

@@ -1,7 +1,8 @@
 """What masks that follow the tokens are made from: means of blocks, and scores between blocks.
 
-On a GPU by Triton kernels that never hold the matrix between tokens; elsewhere, and for what these have no tile for
-(scores of float32 wider than 64 or of more than 32 tokens, means of more than 128), in torch by chunks of it.
+On a GPU by Triton kernels, and scores on a CPU by the native library: none ever holds the matrix between tokens.
+Elsewhere, and for what these do not take (on a GPU scores of float32 wider than 64 or of more than 32 tokens, and
+means of more than 128; on a CPU other types than float32 and bfloat16, and widths above 256), in torch by chunks of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention import cpu_scores
 from diffdistill.kernels.attention.layout import count, described
 from diffdistill.kernels.attention.triton_kernels import configs, support
 
@@ -58,6 +60,8 @@ def block_scores(
     tile = configs.scores_tile(q.element_size(), q.shape[-1], of_q, of_k)
     if tile is not None and support.why_not(q, k, scale) is None:
         found = _launch().block_scores(q, k, of_q, of_k, scale, pooling == "peak", tile)
+    elif cpu_scores.why_not(q) is None:
+        found = cpu_scores.block_scores(q, k, of_q, of_k, scale, pooling == "peak")
     else:
         found = _torch_scores(q, k, of_q, of_k, scale, pooling == "peak")
     return found / found.sum(-1, keepdim=True) if pooling == "peak" else found
@@ -67,16 +71,12 @@ class _Means(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: int, valid: Tensor | None) -> Tensor:
         ctx.shape, ctx.block, ctx.dtype = x.shape, block, x.dtype
-        counts = _counts(x.shape[2], block, valid, x.device)
+        counts = block_counts(x.shape[2], block, x.device) if valid is None else valid.long()
         ctx.save_for_backward(counts)
         x = x if x.stride(-1) == 1 else x.contiguous()
         if block <= LARGEST and support.why_not(x, x, 1.0) is None:
             return _launch().block_means(x, block, valid)
-        missing = count(x.shape[2], block) * block - x.shape[2]
-        wide = F.pad(x, (0, 0, 0, missing)).unflatten(2, (-1, block)).to(torch.promote_types(x.dtype, torch.float32))
-        exists = torch.arange(block, device=x.device) < counts[:, None]
-        sums = wide.masked_fill(~exists[..., None], 0).sum(3)
-        return sums / counts.clamp(min=1)[:, None]
+        return _sums(x, block, None if valid is None else counts) / counts.clamp(min=1)[:, None]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,10 +87,22 @@ class _Means(torch.autograd.Function):
         return spread.flatten(2, 3)[:, :, : ctx.shape[2]].to(ctx.dtype), None, None
 
 
-def _counts(length: int, block: int, valid: Tensor | None, device: torch.device) -> Tensor:
-    """Tokens that exist, int64 [n]."""
-    if valid is not None:
-        return valid.long()
+def _sums(x: Tensor, block: int, counts: Tensor | None) -> Tensor:
+    """Of the tokens of each block, or of its first ones, in float32 or better: [B, H, n, D]."""
+    wide, whole = torch.promote_types(x.dtype, torch.float32), x.shape[2] // block * block
+    if counts is None:  # nothing to hide, nothing to copy
+        parts = [x[:, :, :whole].unflatten(2, (whole // block, block)).sum(3, dtype=wide)]
+        if whole < x.shape[2]:
+            parts.append(x[:, :, whole:].sum(2, keepdim=True, dtype=wide))
+        return torch.cat(parts, 2)
+    x = F.pad(x, (0, 0, 0, -x.shape[2] % block)) if x.shape[2] > whole else x
+    x = x.unflatten(2, (-1, block))
+    exists = torch.arange(block, device=x.device) < counts[:, None]
+    return x.masked_fill(~exists[..., None], 0).sum(3, dtype=wide)
+
+
+def block_counts(length: int, block: int, device: torch.device) -> Tensor:
+    """Tokens of each block, int64 [n]: the last may have fewer."""
     starts = torch.arange(count(length, block), device=device) * block
     return (length - starts).clamp(max=block)
 

@@ -13,6 +13,7 @@
 extern "C" {
 int32_t attention_forward(const Call*);
 int32_t attention_backward(const Call*);
+int32_t attention_block_scores(const Scores*);
 int32_t attention_runs(int32_t);
 }
 
@@ -156,6 +157,53 @@ bool spoil(Call& c) {
         default: (chance(0.5) ? c.q_len : c.kv_len) = one_of({0, -5, int64_t{1} << 40}); return true;
     }
 }
+Scores random_scores(Memory& m) {
+    Scores c{};
+    c.dtype = static_cast<int32_t>(draw(0, 1));
+    do c.variant = static_cast<int32_t>(draw(0, 2)); while (!attention_runs(c.variant));
+    c.threads = static_cast<int32_t>(draw(1, 3)), c.peak = static_cast<int32_t>(draw(0, 1));
+    c.batch = draw(1, 2), c.kv_heads = draw(1, 2), c.heads = c.kv_heads * draw(1, 2);
+    c.of_q = int64_t{1} << draw(0, 7), c.of_k = int64_t{1} << draw(0, 7);
+    c.num_q = draw(1, 300 / c.of_q + 1), c.num_k = draw(1, 300 / c.of_k + 1);
+    c.width = chance(0.5) ? one_of({64, 128}) : draw(1, MAX_WIDTH);
+    c.scale = static_cast<float>(draw(1, 9)) / 4;
+    c.q = m.rows(c.batch, c.heads, c.num_q * c.of_q, c.width, c.dtype);
+    c.k = m.rows(c.batch, c.kv_heads, c.num_k * c.of_k, c.width, c.dtype);
+    c.out = m.take<float>(c.batch * c.heads * c.num_q * c.num_k);
+    return c;
+}
+
+void spoil(Scores& c) {
+    switch (draw(0, 8)) {
+        case 0: (chance(0.5) ? c.of_q : c.of_k) = one_of({0, -1, 3, 48, 256, int64_t{1} << 62}); return;
+        case 1: (chance(0.5) ? c.num_q : c.num_k) = one_of({0, -7, int64_t{1} << 40}); return;
+        case 2: c.width = one_of({0, -1, 257, int64_t{1} << 62}); return;
+        case 3: c.kv_heads = c.heads + 1; return;
+        case 4: c.variant = static_cast<int32_t>(one_of({-1, 3, 1 << 30})); return;
+        case 5: c.dtype = static_cast<int32_t>(one_of({-1, 2})); return;
+        case 6: c.threads = static_cast<int32_t>(one_of({0, -1, 1 << 20})); return;
+        case 7: c.scale = chance(0.5) ? -1.f : __builtin_nanf(""); return;
+        default: (chance(0.5) ? c.q.data : c.k.data) = nullptr; return;
+    }
+}
+
+// One call of the scores: 0 refused, 1 valid; rows of shares must sum to 1.
+int32_t try_scores() {
+    Memory memory;
+    Scores c = random_scores(memory);
+    if (chance(0.3)) {
+        spoil(c);
+        if (!attention_block_scores(&c)) std::puts("malformed scores were accepted"), std::exit(1);
+        return 0;
+    }
+    if (attention_block_scores(&c)) std::puts("valid scores were refused"), std::exit(1);
+    for (int64_t row = 0; !c.peak && row < c.batch * c.heads * c.num_q; ++row) {
+        float sum = 0;
+        for (int64_t j = 0; j < c.num_k; ++j) sum += c.out[row * c.num_k + j];
+        if (!(sum > 0.999f && sum < 1.001f)) std::printf("a row sums to %g\n", sum), std::exit(1);
+    }
+    return 1;
+}
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -164,6 +212,10 @@ int main(int argc, char** argv) {
     const auto start = std::chrono::steady_clock::now();
     int64_t valid = 0, refused = 0;
     while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < seconds) {
+        if (chance(0.3)) {
+            ++(try_scores() ? valid : refused);
+            continue;
+        }
         Memory memory;
         Call c = random_call(memory);
         if (chance(0.3) && spoil(c)) {

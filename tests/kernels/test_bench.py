@@ -11,8 +11,9 @@ from attention_cases import skip_unless
 from diffdistill.errors import UserError
 from diffdistill.kernels.attention import bench, bench_threads, cpu
 from diffdistill.kernels.attention.bench_floors import floors
-from diffdistill.kernels.attention.bench_runners import Group, layout_of, runners
+from diffdistill.kernels.attention.bench_runners import MASKS, Group, layout_of, runners
 from diffdistill.kernels.attention.bench_threads import Scaling
+from diffdistill.kernels.attention.layout import BlockLayout
 
 
 def measured(**changes):
@@ -52,6 +53,19 @@ def test_a_small_bench_writes_rates_of_computed_blocks(tmp_path, capsys):
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("verdict:")
 
 
+def test_masks_are_made_once_and_have_no_rate():
+    skip_unless("cpu")
+    made = [r for r in runners(Group(512, 64, "fp32", "forward", (1.0, 0.5), tuple(MASKS))) if r.name in MASKS]
+    assert [(r.name, r.density, r.operations) for r in made] == [(name, 0.5, 0) for name in MASKS]
+    assert all(isinstance(r.call(), BlockLayout) for r in made)
+    wide = [g for g in bench.all_groups() if set(MASKS) & set(g.rivals)]
+    assert {(g.length, g.width, g.dtype, g.direction) for g in wide} == {
+        (16384, 128, dtype, "forward") for dtype in ("bf16", "fp32")
+    }
+    rows, _ = bench._measure(Group(512, 64, "fp32", "forward", (0.5,), tuple(MASKS)), 1, bench.CPU)
+    assert [r.share is None for r in rows] == [False, True, True]
+
+
 def test_layouts_of_the_bench_have_equal_rows():
     layout = layout_of(1024, 0.3)
     assert layout.kv_num.unique().tolist() == [2] and layout.density == 0.25
@@ -75,6 +89,10 @@ def test_floors_are_the_ratios_that_they_name():
         measured(runner="flex", milliseconds=4.0, density=0.1),
         measured(runner="gather_sdpa", milliseconds=6.0, density=0.1),
         measured(runner="gather_bmm", milliseconds=5.0, density=0.1),
+        measured(dtype="fp32", milliseconds=80.0, share=None),
+        measured(dtype="fp32", density=0.1, milliseconds=8.0, share=None),
+        measured(dtype="fp32", density=0.1, runner="mask of means", milliseconds=1.0, share=None),
+        measured(dtype="fp32", density=0.1, runner="mask of samples", milliseconds=5.0, share=None),
         measured(direction="backward", milliseconds=20.0),
         measured(direction="backward", milliseconds=2.0, density=0.1),
         measured(direction="backward", runner="sdpa", milliseconds=40.0),
@@ -88,6 +106,9 @@ def test_floors_are_the_ratios_that_they_name():
         f"over flex, bf16 forward, {cell} 0.10": (pytest.approx(3.2), 4.0, False),
         f"over gather, bf16 forward, {cell} 0.10": (4.0, 4.0, True),
         f"linear in density, bf16 forward, {cell} 0.10": (pytest.approx(0.8), 0.8, True),
+        f"linear in density, fp32 forward, {cell} 0.10": (pytest.approx(1.0), 0.8, True),
+        f"attention over making its mask of means, fp32 forward, {cell} 0.10": (8.0, 1 / 0.15, True),
+        f"attention over making its mask of samples, fp32 forward, {cell} 0.10": (1.6, 1 / 0.6, False),
         f"over dense, bf16 backward, {cell} 1.00": (2.0, 1.7, True),
         f"over dense, bf16 backward, {cell} 0.10": (20.0, 15.0, True),
         "two threads over one, forward": (1.6, 1.7, False),

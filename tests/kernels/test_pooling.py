@@ -1,18 +1,24 @@
-"""Means of blocks and scores between blocks, in torch and by the Triton kernels under the interpreter."""
+"""Means of blocks and scores between blocks: in torch, in C++, and by the Triton kernels under the interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from attention_cases import skip_unless
 from interpreted import interpreting
 
 from diffdistill.errors import UserError
+from diffdistill.kernels.attention import cpu, cpu_scores, pooling
 from diffdistill.kernels.attention.pooling import block_means, block_scores
 
 
-@pytest.fixture(params=["torch", "triton"])
-def way(request):
+@pytest.fixture(params=["torch", "native", "triton"])
+def way(request, monkeypatch):
     if request.param == "torch":
+        monkeypatch.setattr(pooling.cpu_scores, "why_not", lambda q: "torch's turn")
+        yield
+    elif request.param == "native":
+        skip_unless("cpu")
         yield
     else:
         pytest.importorskip("triton")
@@ -64,6 +70,48 @@ def test_peaks_are_the_largest_weights_relative_to_each_querys_maximum(way):
     wanted = torch.exp(largest - largest.amax(-1, keepdim=True)).amax(3)
     wanted /= wanted.sum(-1, keepdim=True)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["probability", "peak"])
+@pytest.mark.parametrize("blocks", [(1, 1), (9, 3), (5, 140)])
+@pytest.mark.parametrize("tokens", [(1, 1), (2, 64), (32, 2), (128, 8)])
+def test_native_scores_of_any_number_of_blocks(blocks, tokens, name):
+    skip_unless("cpu")
+    q, k = random(2, 4, blocks[0] * tokens[0], 37), random(2, 2, blocks[1] * tokens[1], 37, seed=1)
+    if blocks == (5, 140):
+        q = 40 * q  # shares between 1 and less than float32 holds
+    found = block_scores(q, k, tokens, pooling=name)
+    wanted = pooling._torch_scores(q.double(), k.double(), *tokens, 37**-0.5, name == "peak")
+    wanted /= wanted.sum(-1, keepdim=True)
+    torch.testing.assert_close(found, wanted, rtol=2e-4 if blocks == (5, 140) else 1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("variant", cpu.VARIANTS)
+def test_every_instruction_set_scores_bfloat16_rows_where_they_lie(variant, monkeypatch):
+    skip_unless("cpu")
+    if variant not in cpu._runnable(cpu.library()):
+        pytest.skip(f"this processor does not run {variant}")
+    monkeypatch.setenv(cpu.CHOICE, variant)
+    for width in (64, 45):
+        x = random(2, 96, 4, width).bfloat16()  # [B, S, H, D]
+        q, k = x.transpose(1, 2), x.flip(1)[:, :, :2].transpose(1, 2)
+        wanted = pooling._torch_scores(q.double(), k.double(), 32, 16, width**-0.5, False)
+        torch.testing.assert_close(block_scores(q, k, (32, 16)), wanted, rtol=2e-3, atol=1e-6)
+
+
+def test_what_the_native_scores_do_not_take_goes_to_torch():
+    assert "float64" in cpu_scores.why_not(random(1, 1, 4, 8).double())
+    assert "256" in cpu_scores.why_not(random(1, 1, 4, 300))
+    q = random(1, 1, 8, 300)
+    torch.testing.assert_close(block_scores(q, q, 4), block_scores(q.double(), q.double(), 4), rtol=1e-5, atol=1e-7)
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch):
+    skip_unless("cpu")
+    q = random(1, 3, 512, 32)
+    wanted = block_scores(q, q, 32)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(block_scores(q, q, 32), wanted)
 
 
 def test_strided_and_half_precision_tokens(way):

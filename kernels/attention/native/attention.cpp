@@ -171,6 +171,20 @@ struct Transposed {
     }
 };
 
+bool is_sample(int64_t tokens) { return within(tokens, 1, MAX_BLOCK) && !(tokens & (tokens - 1)); }
+
+Status check(const Scores* c) {
+    constexpr int64_t MANY = (int64_t{1} << 31) / MAX_BLOCK;
+    if (!c) return BAD_POINTER;
+    if (c->dtype != FLOAT32 && c->dtype != BFLOAT16) return BAD_DTYPE;
+    if (!within(c->variant, 0, NUM_VARIANTS - 1) || !runs(c->variant)) return BAD_VARIANT;
+    if (!is_sample(c->of_q) || !is_sample(c->of_k) || !(c->scale > 0)) return BAD_SIZE;
+    if (!within(c->batch, 1, MANY) || !within(c->heads, 1, MANY) || !within(c->kv_heads, 1, c->heads)) return BAD_SIZE;
+    if (c->heads % c->kv_heads || !within(c->width, 1, MAX_WIDTH)) return BAD_SIZE;
+    if (!within(c->num_q, 1, MANY) || !within(c->num_k, 1, MANY) || !within(c->threads, 1, MAX_THREADS)) return BAD_SIZE;
+    return c->q.data && c->k.data && c->out ? OK : BAD_POINTER;
+}
+
 double thread_seconds() {
     timespec now;
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
@@ -205,6 +219,13 @@ int32_t attention_backward(const Call* call) {
     } catch (const std::bad_alloc&) {
         return NO_MEMORY;
     }
+}
+
+int64_t attention_scores_size() { return sizeof(Scores); }
+
+int32_t attention_block_scores(const Scores* scores) {
+    const Status bad = check(scores);
+    return bad ? bad : VARIANTS[scores->variant]->block_scores(*scores);
 }
 
 // Multiply-adds on registers alone for about `seconds` of this thread's time: operations per second; 0 if not run.

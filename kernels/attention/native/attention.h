@@ -45,6 +45,17 @@ struct Call {
     float scale;
 };
 
+// Scores between blocks of queries and blocks of keys, from the same number of tokens of each. cpu_scores.py mirrors it.
+struct Scores {
+    int64_t batch, heads, kv_heads, num_q, num_k;  // blocks
+    int64_t of_q, of_k, width;                     // tokens of a block: powers of two up to MAX_BLOCK
+    Rows q, k;
+    float* out;  // [B, Hq, nQ, nK] contiguous
+    int32_t dtype, variant, threads;
+    int32_t peak;  // 0: mean over queries of the share of attention; else the largest exp(score - query's maximum)
+    float scale;   // > 0
+};
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs task(context, i, worker) for i in [0, num) on up to `threads` threads; returns when all are done.
@@ -65,6 +76,7 @@ struct Variant {
     const char* name;
     Status (*forward)(const Call&);
     Status (*backward)(const Call&, const QueryLists&);
+    Status (*block_scores)(const Scores&);
     double (*multiply_adds)(int32_t dtype, int64_t rounds);  // a checksum; rounds * register_flops(dtype) operations
     int64_t (*register_flops)(int32_t dtype);                // 0 where it has no instruction of its own for dtype
     double (*read)(const float* data, int64_t num);          // a checksum; num a multiple of 1024

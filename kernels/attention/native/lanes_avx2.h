@@ -36,6 +36,10 @@ inline Vec load_first(const float* p, int64_t num) {
     return load(x);
 }
 inline Vec load_first(const uint16_t* p, int64_t num) {
+    if (num >= W) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
     alignas(32) uint32_t x[W] = {};
     for (int64_t i = 0; i < W && i < num; ++i) x[i] = uint32_t{p[i]} << 16;
     return load(reinterpret_cast<const float*>(x));

@@ -12,6 +12,7 @@ namespace {
 #include "pack.h"
 #include "forward.h"
 #include "backward.h"
+#include "scores.h"
 #include "probe.h"
 
 Status forward(const Call& c) {
@@ -22,11 +23,15 @@ Status backward(const Call& c, const QueryLists& lists) {
     return c.dtype == BFLOAT16 ? Backward<F32, uint16_t, 4>::run(c, lists) : Backward<F32, float, 4>::run(c, lists);
 }
 
+Status block_scores(const Scores& c) {
+    return c.dtype == BFLOAT16 ? BlockScores<F32, uint16_t, 4>::run(c) : BlockScores<F32, float, 4>::run(c);
+}
+
 double multiply_adds(int32_t, int64_t rounds) { return register_multiply_adds<F32>(rounds); }
 
 int64_t register_flops(int32_t dtype) { return dtype == FLOAT32 ? flops_of_round<F32>() : 0; }
 }  // namespace
 }  // namespace with_avx512
 
-const Variant avx512{"avx512", with_avx512::forward, with_avx512::backward, with_avx512::multiply_adds,
+const Variant avx512{"avx512", with_avx512::forward, with_avx512::backward, with_avx512::block_scores, with_avx512::multiply_adds,
                      with_avx512::register_flops, with_avx512::read_all};
