@@ -89,7 +89,7 @@ def write_parts(network: Wan, recipe: Recipe, sampler: Sampler, folder: Path, se
     """
     from diffusers import WanPipeline
 
-    from diffdistill.networks import wan_parts
+    from diffdistill import wan_parts
 
     times = sampler_times(sampler)
     shift = shift_of(times, network.process)

@@ -81,7 +81,7 @@ def test_the_grid_is_that_of_the_stock_scheduler() -> None:
 
 def test_the_shipped_prompts_are_what_the_text_encoder_answers() -> None:
     pytest.importorskip("transformers")
-    from diffdistill.networks.wan_parts import embedded
+    from diffdistill.wan_parts import embedded
 
     table = load_file(TABLE)["prompts"]
     assert len(table) == len(prompts())
@@ -91,7 +91,7 @@ def test_the_shipped_prompts_are_what_the_text_encoder_answers() -> None:
 
 
 def test_the_vae_is_the_identity() -> None:
-    from diffdistill.networks.wan_parts import identity_vae
+    from diffdistill.wan_parts import identity_vae
 
     vae, x = identity_vae(), torch.rand(1, 1, 5, 16, 16) * 2 - 1
     with torch.no_grad():

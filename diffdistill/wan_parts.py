@@ -2,7 +2,7 @@
 VAE that is the identity, a scheduler.
 
 Built for the purpose and never trained: the text encoder's random answers tell the prompts apart, which is all that a
-transformer trained on them needs. `python -m diffdistill.networks.wan_parts --out DIR` writes them.
+transformer trained on them needs. `python -m diffdistill.wan_parts --out DIR` writes them.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def write_prompts(folder: Path) -> None:
 
 def main() -> None:
     """Write the table into the folder --out."""
-    parser = argparse.ArgumentParser(prog="python -m diffdistill.networks.wan_parts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m diffdistill.wan_parts", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     write_prompts(parser.parse_args().out)
 
