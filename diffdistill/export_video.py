@@ -6,6 +6,7 @@ student's masks back. It is compared both ways before anything is written.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,17 +19,21 @@ from omegaconf import OmegaConf
 from diffdistill.config import build
 from diffdistill.denoiser import Denoiser
 from diffdistill.errors import UserError
+from diffdistill.export_cards import command_of, figures_table, licence_of, write_card
+from diffdistill.export_check import check_close, made_alone, same_draws
 from diffdistill.generator import Generator, ddim
 from diffdistill.moving_digits import prompts
 from diffdistill.networks.attention import restore_attention, set_attention
 from diffdistill.networks.files import quiet_diffusers, resolve
 from diffdistill.networks.wan import PROMPTS, Wan
+from diffdistill.pipelines import CALL, SCHEMA, hashes
 from diffdistill.solvers import Sampler, flow_shift
 
 if TYPE_CHECKING:
     from diffdistill.recipe import Recipe
 
 TIME_TOLERANCE = 1e-5
+TOLERANCE = 1e-4  # on [0, 1], behind a VAE that is the identity within 1e-5
 LARGEST_SHIFT = 1e4
 
 
@@ -38,6 +43,9 @@ def refusal(recipe: Recipe, sampler: Sampler) -> UserError | None:
         if len(sampler.times) > 1 and sampler.renoise is not ddim:
             found = getattr(sampler.renoise, "__name__", sampler.renoise)
             return UserError("distiller.renoise", "must be ddim, as a flow scheduler steps", found, "Set it.")
+        if not isinstance(sampler.student, Denoiser):
+            found = type(sampler.student).__name__
+            return UserError("export", "needs a student that predicts as its teacher does", found, "Keep the run.")
         if sampler.prior_std not in (None, 1.0):
             return UserError("prior_std", "must be 1", sampler.prior_std, "WanPipeline draws unit noise.")
     try:
@@ -81,7 +89,7 @@ def call_of(recipe: Recipe, sampler: Sampler) -> dict[str, Any]:
     }
 
 
-def write_parts(network: Wan, recipe: Recipe, sampler: Sampler, folder: Path, settings: Mapping[str, Any]) -> None:
+def write_parts(network: Wan, sampler: Sampler, folder: Path, settings: Mapping[str, Any]) -> None:
     """The pipeline's folder with `network`'s transformer, without card and call.json.
 
     Tokenizer, text encoder and VAE are the teacher's; a network trained from random weights gets those its prompts
@@ -138,18 +146,30 @@ def attention_of(settings: Mapping[str, Any]) -> Any:
 
 
 def attention_lines(settings: Mapping[str, Any]) -> str:
-    """The two lines that bring the student's masks back, in Markdown; empty for a dense student."""
+    """How the student's masks come back, in Markdown; empty for a dense student."""
     node = attention_of(settings)
     if node is None:
         return ""
+    names = ["diffdistill.networks.attention.set_attention", *_targets(node)]
+    imports = "\n".join("from {} import {}".format(*name.rpartition(".")[::2]) for name in names)
     return f"""It was trained with block-sparse attention; the stock pipeline runs it densely, which is slower and gives
-other samples. With diffdistill installed two lines bring the masks back:
+other samples. With diffdistill installed the masks come back:
 
 ```python
-from diffdistill.networks.attention import BlockSparse, set_attention
-set_attention(pipeline.transformer, {_call(node)}, roles=None)
+{imports}
+
+attention = {_call(node)}
+set_attention(pipeline.transformer, attention, roles=None)
 ```
 """
+
+
+def _targets(node: Any) -> list[str]:
+    """The classes that a configuration node builds, by full name, each once."""
+    if not isinstance(node, dict):
+        return []
+    inner = [name for value in node.values() for name in _targets(value)]
+    return list(dict.fromkeys([str(node["_target_"]), *inner]))
 
 
 def _call(node: Any) -> str:
@@ -165,3 +185,84 @@ def inputs_of(labels: torch.Tensor) -> dict[str, Any]:
     """The pipeline's inputs for classes."""
     told = prompts()
     return {"prompt": [told[int(label)] for label in labels]}
+
+
+def verify(folder: Path, network: Wan, recipe: Recipe, generator: Generator, settings: Mapping[str, Any]) -> float:
+    """The folder alone against `network`, the student's, with stock attention; and, where the student has masks, with
+    them against the student itself. Returns the largest difference.
+
+    Raises UserError where either differs by more than 1e-4 on [0, 1].
+    """
+    labels = torch.arange(2) * 41 % recipe.data.num_classes
+    inputs, cond = inputs_of(labels), {"label": labels}
+    dense = dense_generator(network, generator)
+    frames = made_alone(folder, inputs).transpose(1, 2)  # [B, C, T, H, W], its three channels equal
+    found = check_close(same_draws(recipe, dense, cond, 2).clamp(-1, 1) / 2 + 0.5, frames[:, :1], TOLERANCE)
+    if attention_of(settings) is not None:
+        pipeline = masked(settings, folder)
+        call = json.loads((folder / CALL).read_text())["call"]
+        made = pipeline(**inputs, **call, generator=torch.Generator().manual_seed(0), output_type="pt").frames
+        ours = same_draws(recipe, generator, cond, 2).clamp(-1, 1) / 2 + 0.5
+        found = max(found, check_close(ours, torch.as_tensor(made).transpose(1, 2)[:, :1], TOLERANCE))
+    return found
+
+
+def write(
+    network: Wan,
+    recipe: Recipe,
+    sampler: Sampler,
+    folder: Path,
+    settings: Mapping[str, Any],
+    summary: Mapping[str, Any],
+) -> None:
+    """Write the sampler's pipeline into `folder` and verify a student's. network: its own, adapters merged."""
+    write_parts(network, sampler, folder, settings)
+    call = call_of(recipe, sampler)
+    (folder / "README.md").write_text(video_readme(recipe, sampler, call, settings, summary))
+    contract = {
+        "schema": SCHEMA,
+        "call": call,
+        "nfe": sampler.nfe,
+        "times": list(sampler_times(sampler)),
+        "prompts": prompts(),
+        "attention": attention_of(settings),
+        "sha256": hashes(folder),
+    }
+    (folder / CALL).write_text(json.dumps(contract, indent=1) + "\n")
+    if isinstance(sampler, Generator):
+        verify(folder, network, recipe, sampler, settings)
+    write_card(folder, next((folder / "transformer").glob("*.safetensors")), settings, summary)
+
+
+def video_readme(
+    recipe: Recipe, sampler: Sampler, call: Mapping[str, Any], settings: Mapping[str, Any], summary: Mapping[str, Any]
+) -> str:
+    teacher = settings["networks"].get("path")
+    method = type(recipe.distiller).__name__
+    licence = recipe.data.source.licence if teacher is None else licence_of(str(teacher))
+    base = "" if teacher is None else f"base_model: {teacher}\n"
+    keywords = "".join(f", {key}={value}" for key, value in call.items())
+    what = f"{method} student of {teacher}" if teacher else f"Denoiser of {recipe.data.name}"
+    return f"""---
+license: {licence}
+{base}library_name: diffusers
+tags: [diffdistill, {method.lower()}, text-to-video]
+---
+# {what}
+
+{sampler.nfe} network evaluations per clip, no guidance. Load it with diffusers alone:
+
+```python
+from diffusers import WanPipeline
+
+pipeline = WanPipeline.from_pretrained("this folder")
+frames = pipeline("digit 3 moving up and right"{keywords}).frames
+```
+
+The VAE is the identity and the text encoder random: both were built for these prompts, which `call.json` lists with
+the keyword arguments of the call. `prompts.safetensors` holds their embeddings for training.
+
+{attention_lines(settings) if isinstance(sampler, Generator) else ""}
+Made by `{command_of(settings)}`. Training data: {recipe.data.source.description}.
+
+{figures_table(summary)}"""

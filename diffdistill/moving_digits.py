@@ -22,7 +22,7 @@ from diffdistill.rng import Rng
 
 SIDE = 8  # of a scan, pixels
 BLACK = -1.0
-# (rows, columns) per frame, image rows grow downwards
+# (rows, columns) in strides per frame, image rows grow downwards
 DIRECTIONS = {
     "up": (-1, 0),
     "up and right": (-1, 1),
@@ -44,23 +44,32 @@ def prompts() -> list[str]:
 
 @dataclass(frozen=True)
 class MovingDigits:
-    """Clips [1, frames, size, size] in [-1, 1] of one scan that moves one pixel per frame and axis, and bounces.
+    """Clips [1, frames, size, size] in [-1, 1] of one scan that moves `stride` pixels per frame and axis, and bounces.
 
-    frames, size: of a clip, pixels; 16 frames of 32 x 32 are 4,096 tokens in patches of 1 x 2 x 2.  Digit, scan,
-    direction and first place are uniform. Label digit * 8 + direction, 80 classes, see `prompts`.
+    frames, size: of a clip, pixels; 16 frames of 64 x 64 are 4,096 tokens in patches of 1 x 4 x 4.  stride: also the
+    lattice of places; at the patch's size a patch always shows the same part of a digit, which a small transformer
+    learns soon.  Digit, scan, direction and first place are uniform. Label digit * 8 + direction, 80 classes, see
+    `prompts`.
     """
 
     frames: int = 16
-    size: int = 32
+    size: int = 64
+    stride: int = 4
     name: str = field(default="moving_digits", init=False)
     num_classes: int = field(default=10 * len(DIRECTIONS), init=False)
     provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
     source: Source = field(default=SCANS, init=False)
 
     def __post_init__(self) -> None:
-        require_at_least(1, frames=self.frames)
-        if self.size <= SIDE:
-            raise UserError("data.size", f"must be > {SIDE}, the side of a scan", self.size, "32 is the default.")
+        require_at_least(1, frames=self.frames, stride=self.stride)
+        if self.size <= SIDE or (self.size - SIDE) % self.stride:
+            constraint = f"must be {SIDE}, the side of a scan, and a positive multiple of stride {self.stride}"
+            raise UserError("data.size", constraint, self.size, "64 is the default.")
+
+    @property
+    def room(self) -> int:
+        """Strides from one end of an axis to the other."""
+        return (self.size - SIDE) // self.stride
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -98,8 +107,8 @@ class MovingDigits:
         digit = self.shown(labels)
         share = rng.uniform((len(labels),), torch.float64)
         scan = first[digit] + (share * counts[digit]).long().clamp(max=counts[digit] - 1)
-        start = torch.stack([rng.integers(self.size - SIDE + 1, (len(labels),)) for _ in range(2)], 1)
-        place = self.places(start, labels)
+        start = torch.stack([rng.integers(self.room + 1, (len(labels),)) for _ in range(2)], 1)
+        place = self.places(self.stride * start, labels)
         return self._pasted(images[scan, 0].to(dtype), place)
 
     def shown(self, labels: Tensor) -> Tensor:
@@ -110,7 +119,8 @@ class MovingDigits:
         """Top left corners [B, frames, 2] (row, column) of clips that begin at `start` [B, 2]."""
         velocity = torch.tensor(list(DIRECTIONS.values()), device=labels.device)[labels % len(DIRECTIONS)]
         steps = torch.arange(self.frames, device=labels.device)
-        return bounced(start[:, None] + steps[:, None] * velocity[:, None], self.size - SIDE)
+        moved = start[:, None] + self.stride * steps[:, None] * velocity[:, None]
+        return bounced(moved, self.size - SIDE)
 
     def _pasted(self, scans: Tensor, place: Tensor) -> Tensor:
         """Scans [B, 8, 8] on black canvases at places [B, T, 2], [B, 1, T, size, size]."""

@@ -30,12 +30,14 @@ CALL = "call.json"
 class PipelineSampler:
     """A diffusers pipeline folder as a sampler. It draws its own noise, seeded by rng; z is only its batch size.
 
-    call: keyword arguments of every call, from the folder's call.json if it has one.
+    call: keyword arguments of every call, from the folder's call.json if it has one.  prompts: of each class, for
+    pipelines that are told in words.
     """
 
     pipeline: Any
     call: dict[str, Any]
     nfe: int
+    prompts: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: str, steps: int | None = None) -> PipelineSampler:
@@ -64,20 +66,27 @@ class PipelineSampler:
             signature = inspect.signature(pipeline.__call__).parameters
         except Exception as error:  # diffusers checks little of what it reads
             raise UserError("pipeline", "must load in diffusers", folder, first_line(error)) from error
-        call = contract["call"] if steps is None else {"num_inference_steps": steps}
+        call = contract["call"]
+        if steps is not None:  # in place of the grid it was made for
+            call = {**{key: value for key, value in call.items() if key != "timesteps"}, "num_inference_steps": steps}
         if unknown := sorted(call.keys() - signature.keys()):
             fix = f"{type(pipeline).__name__} takes {', '.join(signature)}."
             raise _refused(path / CALL, f"must hold keywords of the pipeline's call, not {unknown[0]}", fix)
         default = signature["num_inference_steps"].default if "num_inference_steps" in signature else 1
         nfe = contract.get("nfe", default) if steps is None else steps
-        return cls(pipeline, call, nfe)
+        return cls(pipeline, call, nfe, tuple(contract.get("prompts", ())))
 
     @torch.no_grad()
     def sample(self, z: Tensor, cond: Cond, rng: Rng) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1]."""
+        """Images [B, C, H, W], or videos [B, C, T, H, W], in [-1, 1]."""
         parameters = inspect.signature(self.pipeline.__call__).parameters
-        inputs: dict[str, Any] = {"batch_size": z.shape[0]}
-        if "label" in cond:
+        inputs: dict[str, Any] = {} if self.prompts else {"batch_size": z.shape[0]}
+        if self.prompts and "label" in cond:
+            if int(cond["label"].max()) >= len(self.prompts):
+                found = f"class {int(cond['label'].max())}"
+                raise UserError("data", f"must have the pipeline's {len(self.prompts)} prompts", found, "Use its own.")
+            inputs["prompt"] = [self.prompts[label] for label in cond["label"].tolist()]
+        elif "label" in cond:
             if "class_labels" not in parameters:
                 raise UserError(
                     "pipeline", "must take class_labels for data with classes", type(self.pipeline), "Use another."
@@ -85,11 +94,15 @@ class PipelineSampler:
             inputs["class_labels"] = cond["label"]
         generator = torch.Generator().manual_seed(rng.torch_seed())
         try:
-            images = self.pipeline(**inputs, **self.call, generator=generator, output_type="pt").images
+            made = self.pipeline(**inputs, **self.call, generator=generator, output_type="pt")
         except Exception as error:  # diffusers and torch refuse values of call.json, or steps, in their own ways
             fix = f"{first_line(error)} Mend call.json or steps, or export it again."
             raise UserError("pipeline", f"must run with {self.call}", type(self.pipeline).__name__, fix) from error
-        images = torch.as_tensor(images)
+        images = torch.as_tensor(made.images if hasattr(made, "images") else made.frames)
+        if images.ndim == 5:  # videos come frame by frame
+            images = images.transpose(1, 2)
+            if z.shape[1] == 1:  # a grey video in three channels
+                images = images.mean(1, keepdim=True)
         if images.shape[1:] != z.shape[1:]:
             fix = "Choose the data that the pipeline imitates."
             made, wanted = tuple(images.shape[1:]), tuple(z.shape[1:])

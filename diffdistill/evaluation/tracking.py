@@ -83,5 +83,5 @@ def shown_agreement(clips: Tensor, labels: Tensor, motion: Motion, features: Fea
 
 
 def small_frames(clips: Tensor) -> Tensor:
-    """All frames at half their size, [B * T, H / 2, W / 2]: what `frame_fd_pixel` compares."""
-    return F.avg_pool2d(clips.clamp(-1, 1).transpose(1, 2).flatten(0, 1), 2)[:, 0]
+    """All frames averaged down to about 16 pixels a side, [B * T, h, w]: what `frame_fd_pixel` compares."""
+    return F.avg_pool2d(clips.clamp(-1, 1).transpose(1, 2).flatten(0, 1), max(1, clips.shape[-1] // 16))[:, 0]

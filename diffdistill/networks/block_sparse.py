@@ -145,7 +145,7 @@ class BlockSparse:
         if isinstance(self.mask, BlockLayout):
             return self.mask
         with torch.no_grad():
-            return self.mask(q, k)  # type: ignore[operator]
+            return self.mask(q, k)
 
 
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:

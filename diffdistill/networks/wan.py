@@ -32,6 +32,7 @@ class Wan(nn.Module):
 
     closed_form = False
     embedding_name = "transformer.condition_embedder.time_embedder"
+    prompts: Tensor
 
     def __init__(self, transformer: Any, prompts: Tensor) -> None:
         super().__init__()
