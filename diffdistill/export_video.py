@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import OmegaConf
 
+from diffdistill import wan_parts
 from diffdistill.config import build
 from diffdistill.denoiser import Denoiser
 from diffdistill.errors import UserError
@@ -27,14 +28,13 @@ from diffdistill.networks.attention import restore_attention, set_attention
 from diffdistill.networks.files import quiet_diffusers, resolve
 from diffdistill.networks.wan import PROMPTS, Wan
 from diffdistill.pipelines import CALL, SCHEMA, hashes
-from diffdistill.solvers import Sampler, flow_shift
+from diffdistill.solvers import Sampler
 
 if TYPE_CHECKING:
     from diffdistill.recipe import Recipe
 
 TIME_TOLERANCE = 1e-5
 TOLERANCE = 1e-4  # on [0, 1], behind a VAE that is the identity within 1e-5
-LARGEST_SHIFT = 1e4
 
 
 def refusal(recipe: Recipe, sampler: Sampler) -> UserError | None:
@@ -49,7 +49,7 @@ def refusal(recipe: Recipe, sampler: Sampler) -> UserError | None:
         if sampler.prior_std not in (None, 1.0):
             return UserError("prior_std", "must be 1", sampler.prior_std, "WanPipeline draws unit noise.")
     try:
-        shift_of(sampler_times(sampler), recipe.networks.teacher.process)
+        check_grid(sampler_times(sampler))
     except UserError as error:
         return error
     return None
@@ -60,29 +60,26 @@ def sampler_times(sampler: Any) -> tuple[float, ...]:
     return sampler.times if isinstance(sampler, Generator) else sampler.times[:-1]
 
 
-def shift_of(times: tuple[float, ...], process: Any) -> float:
-    """The shift whose grid the times are. Raises UserError naming the nearest such grid's first time that differs."""
-    if len(times) == 1:
-        shift = 1.0
-    else:
-        u = 1 - (1 - 1 / 1000) / len(times)  # of the second time
-        odds = times[1] / (1 - times[1]) if times[1] < 1 else LARGEST_SHIFT
-        shift = odds * (1 - u) / u
-    grid = flow_shift(process, len(times), shift)[:-1]
-    for time, legal in zip(times, grid, strict=True):
-        if abs(time - legal) > TIME_TOLERANCE:
-            constraint = "must lie on a grid of solvers.flow_shift, which UniPCMultistepScheduler has"
-            raise UserError("distiller.times", constraint, time, f"The nearest on shift {shift:.6g} is {legal:.8g}.")
-    return shift
+def check_grid(times: tuple[float, ...]) -> None:
+    """Refuse times that the exported scheduler does not call at, naming the nearest that it does."""
+    scheduler = wan_parts.scheduler(times)
+    scheduler.set_timesteps(len(times))
+    for time, legal in zip(times, scheduler.sigmas.tolist(), strict=False):
+        if not abs(time - legal) <= TIME_TOLERANCE:
+            constraint = "must lie on a grid of FlowMatchEulerDiscreteScheduler, which solvers.flow_shift makes"
+            raise UserError("distiller.times", constraint, time, f"The nearest is {legal:.8g}.")
 
 
-def call_of(recipe: Recipe, sampler: Sampler) -> dict[str, Any]:
-    """Keyword arguments that make the pipeline's call the sampler's."""
+def call_of(recipe: Recipe, sampler: Sampler, folder: Path) -> dict[str, Any]:
+    """Keyword arguments that make the call of the pipeline in `folder` the sampler's."""
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    in_time, in_space = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
     _, frames, height, width = recipe.data.shape
     return {
-        "height": height,
-        "width": width,
-        "num_frames": frames,
+        "height": height * in_space,
+        "width": width * in_space,
+        # WanPipeline rounds to a multiple of the VAE's factor and adds one: for a factor of 1 it always adds one
+        "num_frames": in_time * (frames - 1) + (in_time > 1),
         "num_inference_steps": len(sampler_times(sampler)),
         "guidance_scale": 1.0,
         "max_sequence_length": recipe.networks.teacher.prompts.shape[1],
@@ -96,17 +93,16 @@ def write_parts(network: Wan, sampler: Sampler, folder: Path, settings: Mapping[
     were embedded with.
     """
     from diffusers import WanPipeline
+    from transformers.utils import logging
 
-    from diffdistill import wan_parts
-
+    logging.disable_progress_bar()
     times = sampler_times(sampler)
-    shift = shift_of(times, network.process)
     transformer = plain(network).transformer
     path = settings["networks"].get("path")
     if path is None:
-        pipeline = wan_parts.pipeline(transformer, shift, len(times))
+        pipeline = wan_parts.pipeline(transformer, times)
     else:
-        scheduler = wan_parts.scheduler(shift, len(times))
+        scheduler = wan_parts.scheduler(times)
         with quiet_diffusers():
             pipeline = WanPipeline.from_pretrained(str(resolve(path)), transformer=transformer, scheduler=scheduler)
     with quiet_diffusers():
@@ -217,7 +213,7 @@ def write(
 ) -> None:
     """Write the sampler's pipeline into `folder` and verify a student's. network: its own, adapters merged."""
     write_parts(network, sampler, folder, settings)
-    call = call_of(recipe, sampler)
+    call = call_of(recipe, sampler, folder)
     (folder / "README.md").write_text(video_readme(recipe, sampler, call, settings, summary))
     contract = {
         "schema": SCHEMA,

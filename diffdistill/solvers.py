@@ -149,13 +149,12 @@ def logit_normal(process: NoiseProcess, num_steps: int, mean: float = 0.0, std: 
 
 @refusing(lambda shift=1.0: require_positive(shift=shift))
 def flow_shift(process: NoiseProcess, num_steps: int, shift: float = 1.0) -> tuple[float, ...]:
-    """Rectified flow's grid in video models: u from 1 to .001 in equal steps, moved to shift u / (1 + (shift - 1) u).
+    """Rectified flow's grid in video models: u from 1 down in equal steps, moved to shift u / (1 + (shift - 1) u).
 
-    num_steps + 1 decreasing times, t_max to t_min; the one before t_min has u = .001 + .999 / num_steps. diffusers'
-    UniPCMultistepScheduler with use_flow_sigmas and flow_shift has the same. Source: Esser et al. 2024,
-    arXiv:2403.03206, section 5.3.2.
+    num_steps + 1 decreasing times, t_max to t_min. A shift above 1 spends the steps where noise is high. Source: Esser
+    et al. 2024, arXiv:2403.03206, section 5.3.2.
     """
-    share = 1 - (1 - 1 / 1000) * np.arange(num_steps) / num_steps
+    share = 1 - np.arange(num_steps) / num_steps
     moved = shift * share / (1 + (shift - 1) * share)
     times = process.t_min + (process.t_max - process.t_min) * moved
     return _ends_exact(process, [*times.tolist(), process.t_min])

@@ -8,11 +8,13 @@ transformer trained on them needs. `python -m diffdistill.wan_parts --out DIR` w
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from diffdistill.moving_digits import prompts
@@ -51,20 +53,28 @@ def text_encoder(vocabulary: int) -> Any:
         return UMT5EncoderModel(config).eval()
 
 
-def scheduler(shift: float, num_steps: int) -> Any:
-    """Wan's own scheduler held to DDIM: order 1, without its corrector. shift: of its grid, see `solvers.flow_shift`.
+def scheduler(times: Sequence[float]) -> Any:
+    """FlowMatchEulerDiscreteScheduler whose grid for len(times) steps is `times`, decreasing from 1, then 0.
 
-    num_steps: of the calls it will serve; beyond them the corrector would set in.
+    Two of its numbers bend its equal steps: shift, and shift_terminal, where it stretches the last time to. Together
+    they give every grid that a fractional linear map makes of equal steps, `solvers.flow_shift`'s among them; for
+    others the scheduler's grid differs, which the caller has to look at.
     """
-    from diffusers import UniPCMultistepScheduler
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return UniPCMultistepScheduler(
-        solver_order=1,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=shift,
-        disable_corrector=list(range(num_steps)),
-    )
+    if len(times) == 1:
+        return FlowMatchEulerDiscreteScheduler()
+    first, last = times[1], times[-1]
+    step, rest = 1 / (len(times) - 1), (1 - first) / (1 - last)
+    bend = 0.0 if len(times) == 2 else (step - rest) / (step * (1 - rest))
+
+    def gap(shift: float) -> float:
+        lowest = 0.001 * shift / (1 + (shift - 1) * 0.001)  # of the scheduler's own 1,000 times, shifted once already
+        return (shift - 1) * (1 - lowest) / shift - bend
+
+    most = 31.0  # beyond it the second shift of `lowest` bends the grid back
+    shift = brentq(gap, 1e-3, most) if gap(1e-3) < 0 < gap(most) else 1.0
+    return FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=last)
 
 
 @torch.no_grad()
@@ -115,8 +125,8 @@ def embedded(told: list[str]) -> Tensor:
     return states * found.attention_mask[..., None]
 
 
-def pipeline(transformer: Any, shift: float, num_steps: int) -> Any:
-    """The WanPipeline around a transformer, for calls of `num_steps` steps."""
+def pipeline(transformer: Any, times: Sequence[float]) -> Any:
+    """The WanPipeline around a transformer, for calls of as many steps as there are times."""
     from diffusers import WanPipeline
 
     words = tokenizer()
@@ -125,7 +135,7 @@ def pipeline(transformer: Any, shift: float, num_steps: int) -> Any:
             tokenizer=words,
             text_encoder=text_encoder(len(words)),
             vae=identity_vae(),
-            scheduler=scheduler(shift, num_steps),
+            scheduler=scheduler(times),
             transformer=transformer,
         )
 
