@@ -27,7 +27,7 @@ from .errors import UserError
 PATHS = ("run_dir", "run", "pipeline", "out", "merge")
 
 # Mappings keyed by role start empty, so that roles.student=lora names a key that no file holds.
-_ROLE_KEYED = re.compile(r"(?=(?:roles|init|trainer\.(?:optimizer|lr|clip|ema))(?:\.\w+)?=)")
+_ROLE_KEYED = re.compile(r"(?=(?:roles|init|attention|trainer\.(?:optimizer|lr|clip|ema))(?:\.\w+)?=)")
 
 
 def compose(verb: str, overrides: Sequence[str] = ()) -> DictConfig:

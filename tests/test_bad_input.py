@@ -167,6 +167,19 @@ RANGES: dict[str, tuple[str, ...]] = {
     "TrajectorySource.num_steps": COUNT,
     "AGD.num_steps": COUNT,
     "GuidanceDistillation.num_steps": COUNT,
+    # video
+    "frames": COUNT,
+    "stride": ("0", "5"),
+    "lowest": SHARE,
+    "margin": SHARE,
+    "patch_size": ("[0,4,4]", "[1,4]"),
+    "num_attention_heads": COUNT,
+    "attention_head_dim": COUNT,
+    "text_dim": COUNT,
+    "freq_dim": COUNT,
+    "ffn_dim": COUNT,
+    "num_layers": COUNT,
+    "prompts": ("nowhere", "''"),
 }
 ANY_VALUE = {
     "compare.seed": "every integer seeds the package's own draws",
@@ -196,6 +209,9 @@ ANY_VALUE = {
     "fused": "both are legal",
     "adaptive": "both are legal",
     "mismatched": "both are legal",
+    "shared": "both are legal",
+    "random_s": "both are legal",
+    "factors": "refused without masks, both are legal with them",
     "unconditional": "the shipped teacher has a null class: both are legal",
 }
 

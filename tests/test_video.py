@@ -32,7 +32,7 @@ TINY = [
 TIMES = f"distiller.times={list(flow_shift(RectifiedFlow(), 2, 5.0)[:-1])}"
 MASK = "{_target_: diffdistill.kernels.attention.masks.asa.ASA, density: 0.5, block: 64, sampled: 16}"
 SPARSE = f"{{_target_: diffdistill.networks.attention.BlockSparse, mask: {MASK}}}"
-BLADE = [*TINY, "distiller=tdm", TIMES, f"+attention.student={SPARSE}"]
+BLADE = [*TINY, "distiller=tdm", TIMES, f"attention.student={SPARSE}"]
 
 
 def settings(*words: str) -> Any:
@@ -56,8 +56,8 @@ def test_masks_are_of_their_role_alone(recipe: Recipe) -> None:
 
 def test_attention_of_a_role_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"attention\.critic"):
-        assemble(settings(f"+attention.critic={SPARSE}"))
-    words = ["data=gmm2d", "distiller=dmd2", "experiment=none", "run_dir=none", f"+attention.student={SPARSE}"]
+        assemble(settings(f"attention.critic={SPARSE}"))
+    words = ["data=gmm2d", "distiller=dmd2", "experiment=none", "run_dir=none", f"attention.student={SPARSE}"]
     points = compose("train", words)
     with pytest.raises(UserError, match=r"attention\.student"):
         assemble(points)  # type: ignore[arg-type]

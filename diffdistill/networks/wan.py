@@ -113,6 +113,12 @@ def wan_from_config(config: Mapping[str, Any], prompts: str, seed: int) -> Wan:
 
     keywords = {key: _plain(value) for key, value in config.items()}
     check_keywords(keywords, WanTransformer3DModel, "config")
+    for key in _COUNTS & keywords.keys():
+        counts = keywords[key] if isinstance(keywords[key], list) else [keywords[key]]
+        if min(counts, default=0) < 1:
+            raise UserError(f"config.{key}", "must be >= 1", keywords[key], "Raise it.")
+    if len(keywords.get("patch_size", (1, 2, 2))) != 3:
+        raise UserError("config.patch_size", "must be [frames, height, width]", keywords["patch_size"], "Give three.")
     table = Path(resolve(prompts)) / PROMPTS
     if not table.is_file():
         raise UserError("prompts", f"must be a folder with {PROMPTS}", repr(prompts), "asset:moving_digits has one.")
@@ -122,6 +128,13 @@ def wan_from_config(config: Mapping[str, Any], prompts: str, seed: int) -> Wan:
         except Exception as error:  # diffusers leaves most of its keywords unchecked
             raise UserError("config", "must build a WanTransformer3DModel", repr(error), "Mend its keys.") from error
     return Wan(transformer, load_file(table)["prompts"])
+
+
+# sizes of which none makes no network
+_COUNTS = {
+    "patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim",
+    "ffn_dim", "num_layers",
+}  # fmt: skip
 
 
 def _plain(value: Any) -> Any:
