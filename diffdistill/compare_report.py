@@ -17,14 +17,15 @@ from rich.table import Table
 from diffdistill.config import build
 from diffdistill.data import Data
 from diffdistill.evaluation import harness, plots
-from diffdistill.pictures import MOST_CLASSES, where
+from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, shown_classes, where
 from diffdistill.recipe import assemble
 from diffdistill.saved_run import load_run
 
 ON_IMAGES = ("fd_pixel", "fd", "label_agreement", "precision", "recall", "coverage", "memorised", "nfe")
+ON_VIDEOS = ("frame_fd", "frame_fd_pixel", "velocity_error", "label_agreement", "nfe")
 ON_POINTS = ("modes", "mode_share", "kl", "w2", "swd", "recall", "coverage", "nfe")
 COST = ("cpu_seconds", "peak_memory_bytes", "iterations", "steps")
-DISTANCES = ("fd_pixel", "kl", "swd", "fd")  # the first that was measured ranks the methods
+DISTANCES = ("fd_pixel", "kl", "swd", "fd", "frame_fd")  # the first that was measured ranks the methods
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def write_report(
 ) -> list[Path]:
     """Write table.csv, table.md, table.json, distance_against_cost.png and samples.png; print the table."""
     data: Data = build(settings.data)
-    wanted = ON_IMAGES if len(data.shape) == 3 else ON_POINTS
+    wanted = {3: ON_IMAGES, 4: ON_VIDEOS}.get(len(data.shape), ON_POINTS)
     columns = [c for c in (*wanted, *COST) if any(c in row.cells((c,)) for row in rows)]
     distance = next((name for name in DISTANCES if any(name in row.figures for row in rows)), None)
     ranked = _ranked(rows, distance)
@@ -150,10 +151,9 @@ def _drawable(row: Row, distance: str) -> bool:
 def _samples(folder: Path, settings: DictConfig, data: Data, rows: Sequence[Row]) -> Path:
     """All generators and the teacher from the same noise and classes; titles: name, network evaluations."""
     path = folder / "samples.png"
-    image = len(data.shape) == 3
     columns = data.num_classes if 2 <= data.num_classes <= MOST_CLASSES else 8
-    num = 6 * columns if image else 2000
-    labels = torch.arange(num) % data.num_classes if data.num_classes else None
+    num = {3: 6 * columns, 4: MOST_CLIPS}.get(len(data.shape), 2000)
+    labels = shown_classes(data, num)
     recipe = assemble(settings)
     samplers: dict[str, Any] = {f"teacher, {recipe.sampler.nfe}": recipe.sampler}
     panels: dict[str, torch.Tensor] = {}
@@ -165,6 +165,8 @@ def _samples(folder: Path, settings: DictConfig, data: Data, rows: Sequence[Row]
             recipe, _ = load_run(str(source))
             source = recipe.distiller.generator
         with torch.no_grad():
-            panels[title] = harness.draw(source, data, num, 0, 500, *where(recipe.networks), labels)[0]
+            drawn = harness.draw(source, data, num, 0, 500, *where(recipe.networks), labels)[0]
+        # of a clip its middle frame
+        panels[title] = drawn[:, :, drawn.shape[2] // 2] if drawn.ndim == 5 else drawn
     plots.panels(panels, data.reference().data, path, columns)
     return path

@@ -7,7 +7,7 @@ be checked on the samples.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ DIRECTIONS = {
     "left": (0, -1),
     "up and left": (-1, -1),
 }
-NUM_REFERENCE = 1000  # clips
+NUM_REFERENCE = 400  # clips
 
 
 def prompts() -> list[str]:
@@ -84,10 +84,8 @@ class MovingDigits:
         return uniform_classes(rng, self.num_classes)
 
     def reference(self) -> Reference:
-        """1,000 clips with a seed of their own."""
-        rng = Rng(20261127, 0, "reference", range(NUM_REFERENCE))
-        labels = self.conditions(rng)["label"]
-        return Reference(self.name, self.render(rng, labels, torch.float32), labels, motion=self)
+        """400 clips with a seed of their own."""
+        return _reference(self)
 
     def features(self) -> FeatureNetwork:
         """Of the scans: what a frame shows is measured on the 8 x 8 pixels around the digit."""
@@ -133,6 +131,13 @@ class MovingDigits:
         t = torch.arange(T, device=scans.device).view(1, -1, 1, 1).expand_as(rows)
         clips[b, t, rows, columns] = scans[:, None].expand(B, T, SIDE, SIDE)
         return clips[:, None]
+
+
+@lru_cache(maxsize=1)  # 100 MB of the default size
+def _reference(data: MovingDigits) -> Reference:
+    rng = Rng(20261127, 0, "reference", range(NUM_REFERENCE))
+    labels = data.conditions(rng)["label"]
+    return Reference(data.name, data.render(rng, labels, torch.float32), labels, motion=data)
 
 
 def bounced(place: Tensor, limit: float) -> Tensor:

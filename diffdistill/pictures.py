@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from diffdistill.data import Data
 from diffdistill.evaluation import harness, plots
@@ -12,7 +13,7 @@ from diffdistill.networks.roles import Networks
 from diffdistill.solvers import Sampler
 
 MOST_CLASSES = 16  # with a column each
-MOST_CLIPS = 8  # of a picture of videos, one row each
+MOST_CLIPS = 8  # of a run's picture of videos, one row each
 
 
 def draw_picture(
@@ -20,9 +21,7 @@ def draw_picture(
 ) -> None:
     """Draw images, one class per column where there are classes, one video per row, or a scatter plot of points."""
     device, dtype = where(networks)
-    if len(data.shape) == 4:
-        num = min(num, MOST_CLIPS)
-    labels = torch.arange(num) % data.num_classes if data.num_classes else None
+    labels = shown_classes(data, num)
     samples, _ = harness.draw(sampler, data, num, seed, 500, device, dtype, labels)
     if len(data.shape) == 4:
         plots.film_strips(samples, path)
@@ -30,6 +29,15 @@ def draw_picture(
         plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= MOST_CLASSES else 8)
     else:
         plots.scatter(samples, data.reference().data, path)
+
+
+def shown_classes(data: Data, num: int) -> Tensor | None:
+    """Classes of a picture of num samples, [num]: each in turn, for videos evenly spaced; None without classes."""
+    if not data.num_classes:
+        return None
+    if len(data.shape) == 4:
+        return torch.arange(num) * data.num_classes // num
+    return torch.arange(num) % data.num_classes
 
 
 def where(networks: Networks | None) -> tuple[torch.device, torch.dtype]:

@@ -19,7 +19,7 @@ from diffdistill.evaluation import factors, harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
-from diffdistill.pictures import MOST_CLASSES, draw_picture
+from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
 from diffdistill.recipe import Recipe
 from diffdistill.run_folder import RunFolder, writing
 from diffdistill.solvers import Sampler
@@ -137,7 +137,8 @@ class Run:
 
     def _picture(self, step: int) -> None:
         data, networks = self.recipe.data, self.recipe.networks
-        num = 2000 if len(data.shape) == 1 else 8 * min(data.num_classes or 8, MOST_CLASSES)
+        images = 8 * min(data.num_classes or 8, MOST_CLASSES)
+        num = {1: 2000, 4: MOST_CLIPS}.get(len(data.shape), images)
         path = self.folder.path / "samples" / f"step-{step:08d}.png"
         draw_picture(data, self.recipe.distiller.generator, num, 0, path, networks)
 

@@ -16,7 +16,14 @@ from torch import nn
 from diffdistill.denoiser import Denoiser
 from diffdistill.errors import UserError
 from diffdistill.kernels.attention.layout import BlockLayout
+from diffdistill.kernels.attention.masks.asa import ASA
 from diffdistill.kernels.attention.masks.base import Mask
+from diffdistill.kernels.attention.masks.disk import Disk
+from diffdistill.kernels.attention.masks.frame_tile import FrameTile
+from diffdistill.kernels.attention.masks.full import Full
+from diffdistill.kernels.attention.masks.sparge import Sparge
+from diffdistill.kernels.attention.masks.sta import SlidingTile
+from diffdistill.kernels.attention.masks.vsa import VSA
 from diffdistill.kernels.attention.operators import recorded_backends
 from diffdistill.kernels.ordering import Grid, ordered
 from diffdistill.networks.attention import BlockSparse, explain, restore_attention, set_attention
@@ -92,6 +99,43 @@ def test_every_block_in_another_order_is_the_stock_processor(name, holes):
         torch.testing.assert_close(out(model, inputs), stock, **close)
     assert mask.grids == [grid, grid] and len(ran) == 2
     assert current_grid() is None
+
+
+def all_on(kind, grid):
+    """A shipped mask with every block on, for a grid of these few tokens."""
+    tiles = tuple(-(-size // edge) for size, edge in zip(grid.sizes, (4, 4, 4), strict=True))
+    return {
+        "asa": ASA(density=1.0),
+        "asa64": ASA(density=1.0, block=64, sampled=64, pooling="peak"),
+        "vsa": VSA(density=1.0),
+        "sparge": Sparge(density=1.0, theta=-1.0),
+        "sta": SlidingTile(window=tiles, tile=(4, 4, 4)),
+        "frame_tile": FrameTile(references=grid.frames),
+        "disk": Disk(radius=100.0),
+        "full": Full(),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["asa", "asa64", "vsa", "sparge", "sta", "frame_tile", "disk", "full"])
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_a_shipped_mask_with_every_block_on_is_the_stock_processor(name, kind):
+    """RoPE, text tokens, the curve and padded tiles are all right, or the outputs would differ."""
+    model, inputs, grid = made(name)
+    stock = out(model, inputs)
+    set_attention(model, BlockSparse(all_on(kind, grid)), roles=None)
+    torch.testing.assert_close(out(model, inputs), stock, **close)
+
+
+@pytest.mark.parametrize("name", ["wan", "cogvideox"])
+def test_asa_in_a_model_is_its_mask_of_tokens(name):
+    model, inputs, grid = made(name)
+    stock = out(model, inputs)
+    mask = ASA(density=0.4, block=64, force_text=False)
+    set_attention(model, Dense(mask, grid), roles=None)
+    wanted = out(model, inputs)
+    set_attention(model, BlockSparse(mask), roles=None)
+    torch.testing.assert_close(out(model, inputs), wanted, **close)
+    assert (wanted - stock).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", ["wan", "hunyuan"])

@@ -13,10 +13,12 @@ from optimum import gauss_recipe, place
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
-from diffdistill.distillers.distribution_matching import tdm
+from diffdistill.distillers.distribution_matching import diff_instruct, tdm
 from diffdistill.distillers.distribution_matching.tdm import ElementHuber, Interval, published, unbiased
+from diffdistill.distillers.distribution_matching.weights import unit
 from diffdistill.errors import UserError
 from diffdistill.generator import Rollout
+from diffdistill.losses import squared
 from diffdistill.process import EDM, VP, NoiseProcess, RectifiedFlow
 from diffdistill.rng import Rng
 
@@ -190,3 +192,14 @@ def test_the_fake_score_is_told_the_step() -> None:
         for phase in recipe.distiller.phases(0):
             phase.loss(batch, Rng(0, 0, phase.name, range(64)))
     assert np.unique(torch.cat(steps).numpy()).tolist() == [0, 1]
+
+
+def test_from_a_clean_sample_with_squares_it_is_twice_the_plain_pull() -> None:
+    recipe = gauss_recipe("tdm")
+    place(recipe, 0.3, 1.2)
+    target, fake = recipe.networks["target"], recipe.networks["fake_score"]
+    x0 = torch.randn(64, 6, dtype=torch.float64, requires_grad=True)
+    eps, t = torch.randn(64, 6, dtype=torch.float64), torch.linspace(0.1, 15, 64, dtype=torch.float64)
+    ours = tdm.generator_loss(target, fake, x0, eps, t, {}, weight=unit, distance=squared).sum()
+    plain = diff_instruct.generator_loss(target, fake, x0, eps, t, {}, weight=unit).sum()
+    assert torch.allclose(torch.autograd.grad(ours, x0)[0], 2 * torch.autograd.grad(plain, x0)[0])
