@@ -128,14 +128,16 @@ def _one(verb: str, words: tuple[str, ...], key: str, value: Any, hint: Any, own
     yield Key(verb, words, key, value, hint, owner)
     if is_node(value):
         yield from _walk(verb, words, value, locate(value["_target_"], key), key)
-    elif owner.endswith(".unet2d_from_config") and key.endswith(".config"):  # keywords of a class in diffusers
-        yield from _walk(verb, words, value, locate("diffusers.UNet2DModel", key), key)
+    elif (model := _MODELS.get(owner.rpartition(".")[2])) and key.endswith(".config"):  # keywords of its class
+        yield from _walk(verb, words, value, locate(f"diffusers.{model}", key), key)
     elif isinstance(value, dict):
         for name, item in value.items():
             inner = _INSIDE.get(dot(key, name), item_hint(next(iter(arms(hint)))))
             yield from _one(verb, words, dot(key, name), item, inner, "")
 
 
+# Functions that build a class of diffusers from `config`.
+_MODELS = {"unet2d_from_config": "UNet2DModel", "wan_from_config": "WanTransformer3DModel"}
 # Annotations of what lies in mappings that verbs take as they are.
 _INSIDE = {"guidance.scale": float, "guidance.interval": tuple[float, float] | None}
 
