@@ -1,5 +1,4 @@
-"""TDM: distribution matching at every point of the student's own deterministic trajectory, each in a time interval of
-its own.
+"""TDM: distribution matching at every step of the student's own trajectory, each in a time interval of its own.
 
 Paper: Luo et al. 2025, Learning Few-Step Diffusion Models by Trajectory Distribution Matching, arXiv:2503.06674.
 Headline: PixArt-alpha in 4 steps beats its teacher in a user study after 500 iterations.
