@@ -90,7 +90,7 @@ def wan(path: str) -> Wan:
     place = Path(resolve(path))
     if not (place / PROMPTS).is_file():
         constraint = f"must be a folder of a WanPipeline with {PROMPTS}"
-        raise UserError("path", constraint, repr(path), "Name such a folder, or asset:moving_digits.")
+        raise UserError("path", constraint, repr(path), "A run's pipeline folder is one.")
     try:
         with quiet_diffusers():
             if torch.get_default_device().type == "meta":  # dry run: shapes only
