@@ -142,10 +142,12 @@ class BlockSparse:
         return grid
 
     def _layout(self, q: Tensor, k: Tensor) -> BlockLayout:
-        if isinstance(self.mask, BlockLayout):
-            return self.mask
+        mask = self.mask
+        assert not isinstance(mask, Mask)
+        if isinstance(mask, BlockLayout):
+            return mask
         with torch.no_grad():
-            return self.mask(q, k)
+            return mask(q, k)
 
 
 def added(mask: Tensor, dtype: torch.dtype) -> Tensor:
