@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from diffdistill.config import build
-from diffdistill.config_check import check_keywords
+from diffdistill.config_check import check_keywords, is_node
 from diffdistill.data import Data
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Distiller
@@ -81,23 +81,29 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             guidance_interval=interval,
         )
     for role, node in (settings.get("attention") or {}).items():
-        _attend(networks, str(role), build(node))
+        _attend(networks, str(role), node)
     distiller = build(settings["distiller"], networks=networks)
     sampler = build(settings["sampler"], denoiser=networks["teacher"])
     return Recipe(data, networks, distiller, needs, sampler)
 
 
-def _attend(networks: Networks, role: str, attention: Any) -> None:
-    """Compute the attention of one role's network by `attention`."""
+def _attend(networks: Networks, role: str, node: Any) -> None:
+    """Compute the attention of one role's network by what `node` builds."""
     key = f"attention.{role}"
     if role not in networks or not isinstance(networks[role], Denoiser):
-        raise UserError(key, "must name a role with a network", role, "Mend the role's name.")
+        legal = ", ".join(name for name in networks.roles if isinstance(networks[name], Denoiser))
+        raise UserError(key, "must name a role with a network", role, f"This method has {legal}.")
+    plain = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
+    if plain is None:  # as diffusers does it
+        return
+    if not is_node(plain):
+        fix = "Write {_target_: diffdistill.networks.attention.BlockSparse, mask: ...}."
+        raise UserError(key, "must have a _target_ that builds an attention", repr(plain), fix)
+    network = networks[role].network
+    if not hasattr(network, "backbone"):
+        raise UserError(key, "needs a diffusers network", type(network).__name__, "Leave it out.")
     try:
-        set_attention(networks[role].network.backbone, attention, roles=(role,))
-    except AttributeError as error:
-        raise UserError(
-            key, "needs a diffusers network", type(networks[role].network).__name__, "Leave it out."
-        ) from error
+        set_attention(network.backbone, build(node), roles=(role,))
     except UserError as error:
         raise UserError(f"{key}.{error.key}", error.constraint, error.value, error.fix) from error
 

@@ -57,6 +57,8 @@ def test_masks_are_of_their_role_alone(recipe: Recipe) -> None:
 def test_attention_of_a_role_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match=r"attention\.critic"):
         assemble(settings(f"attention.critic={SPARSE}"))
+    with pytest.raises(UserError, match=r"attention\.student must have a _target_"):
+        assemble(settings("attention.student=1"))
     words = ["data=gmm2d", "distiller=dmd2", "experiment=none", "run_dir=none", f"attention.student={SPARSE}"]
     points = compose("train", words)
     with pytest.raises(UserError, match=r"attention\.student"):
