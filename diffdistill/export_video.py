@@ -1,7 +1,7 @@
 """A video student as a stock WanPipeline folder: the teacher's own parts around the student's transformer.
 
-The folder runs dense attention, for stock diffusers knows no other; its card shows the two lines that bring a sparse
-student's masks back. It is compared both ways before anything is written.
+The folder runs dense attention, for stock diffusers knows no other; its card shows how a sparse student's masks come
+back. It is compared both ways before anything is written.
 """
 
 from __future__ import annotations
@@ -95,7 +95,6 @@ def write_parts(network: Wan, sampler: Sampler, folder: Path, settings: Mapping[
     from diffusers import WanPipeline
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
     times = sampler_times(sampler)
     transformer = plain(network).transformer
     path = settings["networks"].get("path")
@@ -105,8 +104,14 @@ def write_parts(network: Wan, sampler: Sampler, folder: Path, settings: Mapping[
         scheduler = wan_parts.scheduler(times)
         with quiet_diffusers():
             pipeline = WanPipeline.from_pretrained(str(resolve(path)), transformer=transformer, scheduler=scheduler)
-    with quiet_diffusers():
-        pipeline.save_pretrained(folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with quiet_diffusers():
+            pipeline.save_pretrained(folder)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     if path is None:
         wan_parts.write_prompts(folder)
     else:
@@ -125,7 +130,7 @@ def dense_generator(network: Wan, generator: Generator) -> Generator:
 
 
 def masked(settings: Mapping[str, Any], folder: Path) -> Any:
-    """The written pipeline with the student's masks set again, by the two lines of the card."""
+    """The written pipeline with the student's masks set again, as its card shows."""
     from diffusers import WanPipeline
 
     with quiet_diffusers():
@@ -238,7 +243,9 @@ def video_readme(
     licence = recipe.data.source.licence if teacher is None else licence_of(str(teacher))
     base = "" if teacher is None else f"base_model: {teacher}\n"
     keywords = "".join(f", {key}={value}" for key, value in call.items())
-    what = f"{method} student of {teacher}" if teacher else f"Denoiser of {recipe.data.name}"
+    what = f"Denoiser of {recipe.data.name}"
+    if isinstance(sampler, Generator):
+        what = f"{method} student of {teacher}" if teacher else f"{method} student on {recipe.data.name}"
     return f"""---
 license: {licence}
 {base}library_name: diffusers

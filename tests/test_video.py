@@ -131,14 +131,19 @@ def test_factors_need_masks() -> None:
 
 def test_a_run_ends_in_its_report_and_folder(tmp_path: Path) -> None:
     words = [
-        *BLADE, f"run_dir={tmp_path / 'run'}", "trainer.steps=2", "trainer.batch_size=2", "evaluation.num_samples=20",
-        "evaluation.batch_size=10", "evaluation.teacher=fresh", "evaluation.factors=true",
+        *BLADE, f"run_dir={tmp_path / 'run'}", "trainer.steps=2", "trainer.batch_size=2", "evaluation.num_samples=65",
+        "evaluation.batch_size=13", "evaluation.teacher=fresh", "evaluation.factors=true",
     ]  # fmt: skip
     summary = diffdistill.train(*words)
     assert set(summary["student"]) >= {"frame_fd", "frame_fd_pixel", "velocity_error", "label_agreement"}
     assert set(summary["factors"]) == {"steps", "attention", "attention_alone", "product"}
     folder = tmp_path / "run"
     report = (folder / "factors.md").read_text()
-    assert "teacher, 6 dense steps" in report and "student, 2 sparse steps" in report and "Together" in report
+    assert (
+        "teacher, 6 dense steps" in report
+        and "2 dense steps, the teacher's figures" in report
+        and "student, 2 sparse steps" in report
+        and "Together" in report
+    )
     assert (folder / "pipeline" / "model_index.json").is_file()
     assert next((folder / "samples").iterdir()).stat().st_size > 100

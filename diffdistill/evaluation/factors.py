@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +50,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Factors:
-    """steps: teacher's sampler over the student's number of dense steps.  attention: dense over sparse steps.
-    attention_alone: the same of self-attention.  product: of the first two, the whole speed-up."""
+    """steps: the teacher's sampler, guidance included, over the student's steps made densely.  attention: those over
+    the student's sparse ones.  attention_alone: the same of self-attention.  product: of the first two, the whole
+    speed-up."""
 
     steps: float
     attention: float
@@ -66,7 +67,7 @@ class _Clock:
     inner: Attention
     device: torch.device
     seconds: float = 0.0
-    cross: bool = field(default=False)
+    cross: bool = False  # its time is not self-attention's
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -116,11 +117,11 @@ def report(recipe: Recipe, evaluation: Evaluation, summary: Mapping[str, Any], f
     )
     found = {
         "schema": SCHEMA,
-        "machine": machine(),
+        "machine": {**machine(), "threads": 1},
         "masks": sparse.explain(),
         "rows": [
             {"name": f"teacher, {many} dense steps", **asdict(costs["many"]), "figures": summary["teacher"]},
-            {"name": f"teacher, {steps} dense steps", **asdict(costs["few"]), "figures": few},
+            {"name": f"{steps} dense steps, the teacher's figures", **asdict(costs["few"]), "figures": few},
             {"name": f"student, {steps} sparse steps", **asdict(costs["sparse"]), "figures": summary["student"]},
         ],
         "factors": asdict(factors),
@@ -132,9 +133,10 @@ def report(recipe: Recipe, evaluation: Evaluation, summary: Mapping[str, Any], f
 
 def check(recipe: Recipe) -> None:
     """Refuse, before any work, a run whose student has no masks or no steps to count."""
-    if not isinstance(recipe.distiller.generator, Generator):
-        found = type(recipe.distiller.generator).__name__
-        raise UserError("evaluation.factors", "needs a student of few steps", found, "Set it to false.")
+    generator = recipe.distiller.generator
+    if not isinstance(generator, Generator) or not isinstance(generator.student, Denoiser):
+        found = type(generator.student if isinstance(generator, Generator) else generator).__name__
+        raise UserError("evaluation.factors", "needs a denoiser of few steps as student", found, "Set it to false.")
     attention_of(recipe)
 
 
@@ -151,17 +153,20 @@ def attention_of(recipe: Recipe) -> BlockSparse:
 
 
 def timed(recipe: Recipe, generator: Generator, sparse: BlockSparse, rounds: int = ROUNDS) -> dict[str, Cost]:
-    """Costs of a sample by name: many (the teacher's steps), few (as many as the student's, dense), sparse."""
-    device, network = recipe.networks.device, generator.student.network  # type: ignore[union-attr]
-    few = recipe.sampler.with_steps(len(generator.times))
+    """Costs of a sample by name: many (the teacher's sampler), few (the student's steps, dense), sparse (as they are).
+
+    All on the student's network without its role's adapters, as an export has it.
+    """
+    student = generator.student
+    assert isinstance(student, Denoiser)
+    device, network = recipe.networks.device, student.network
     dense = _faster(recipe, network, device)
     roles = {"many": dense, "few": dense, "sparse": sparse}
     clocks = {name: _Clock(attention, device) for name, attention in roles.items()}
-    view = Denoiser(network)
     samplers: dict[str, Any] = {
-        "many": replace(recipe.sampler, denoiser=replace(view, role="many")),
-        "few": replace(few, denoiser=replace(view, role="few")),
-        "sparse": replace(generator, student=replace(view, role="sparse")),
+        "many": replace(recipe.sampler, denoiser=replace(recipe.sampler.denoiser, network=network, role="many")),
+        "few": replace(generator, student=replace(student, role="few")),
+        "sparse": replace(generator, student=replace(student, role="sparse")),
     }
     with _installed(network, clocks), _one_thread():
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in samplers}

@@ -21,7 +21,7 @@ METRICS = (
     "fd_pixel", "fd", "kid", "prdc", "label_agreement", "memorised", "clip_score", "swd", "latency", "nfe",
     "modes", "w2", "kl", "frame_fd", "frame_fd_pixel", "velocity_error",
 )  # fmt: skip
-ON_FEATURES = ("fd", "kid", "label_agreement")
+ON_FEATURES = ("fd", "kid", "label_agreement", "frame_fd")
 ON_LAW = ("modes", "kl")
 ON_CLIPS = ("frame_fd", "frame_fd_pixel", "velocity_error")
 NOT_ON_CLIPS = ("fd_pixel", "fd", "kid", "prdc", "memorised", "swd")
@@ -93,6 +93,10 @@ def check_metrics(
             smallest = max(prdc.PRECISION_RECALL_K, prdc.DENSITY_COVERAGE_K) + 1
         elif name == "kid":
             smallest = 2
+        elif name in ("frame_fd", "frame_fd_pixel"):  # as fd and fd_pixel, of frames
+            frames = reference.data.shape[2]
+            dim = tracking.small_frames(reference.data[:1])[0].numel()
+            smallest = (features.dim if name == "frame_fd" and features is not None else dim) // frames + 1
         if num_samples < smallest:
             raise UserError(key.replace("metrics", "num_samples"), f"must be at least {smallest} for the metric {name}",
                             num_samples, f"Raise it, or leave {name} out.")  # fmt: skip
@@ -175,17 +179,20 @@ def _of_clips(
     names: set[str],
     features: FeatureNetwork | None,
 ) -> Figures:
-    """Figures of clips y against reference clips x."""
+    """Figures of clips y against reference clips x; what they need was checked."""
     found: Figures = {}
-    if "frame_fd" in names and features is not None:
+    if "frame_fd" in names:
+        assert features is not None
         ours, theirs = (_by_block(features.features, tracking.windows(clips)) for clips in (y, x))
         found["frame_fd"] = frechet_distance(moments(ours), moments(theirs))
     if "frame_fd_pixel" in names:
         ours, theirs = (tracking.small_frames(clips) for clips in (y, x))
         found["frame_fd_pixel"] = frechet_distance(moments(ours), moments(theirs))
-    if labels is not None and "velocity_error" in names:
+    if "velocity_error" in names:
+        assert labels is not None
         found["velocity_error"] = tracking.velocity_error(y, labels, motion)
-    if labels is not None and features is not None and "label_agreement" in names:
+    if "label_agreement" in names:
+        assert labels is not None and features is not None
         found["label_agreement"] = tracking.shown_agreement(y, labels, motion, features)
     return found
 
@@ -231,8 +238,9 @@ def _check_samples(samples: Tensor, labels: Tensor | None, reference: Reference,
     if broken:
         raise UserError("samples", "must be finite", f"{broken} of {len(samples)} samples with nan or inf",
                         "Look for the step at which the network's weights or its sampler diverged.")  # fmt: skip
-    if "label_agreement" in names and (labels is None or labels.shape != (len(samples),)):
-        raise UserError("labels", f"must be one class per sample, [{len(samples)}], for label_agreement",
+    told = sorted(names & {"label_agreement", "velocity_error"})
+    if told and (labels is None or labels.shape != (len(samples),)):
+        raise UserError("labels", f"must be one class per sample, [{len(samples)}], for {told[0]}",
                         None if labels is None else list(labels.shape), "Pass the classes asked for.")  # fmt: skip
 
 

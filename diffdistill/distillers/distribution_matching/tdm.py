@@ -161,7 +161,9 @@ def generator_loss(
 class TDM(DistributionMatching):
     """times, renoise, until: of the student's sampler, whose steps are matched.  interval: of tau.  weight: of one
     sample.  distance: of x0 and where it is to go.  fake_target: `unbiased` or `published`.  critic_weight: on its x0
-    error.  random_s: s uniform between the next time and t_k - margin instead of the next time, a regulariser.
+    error.  random_s: s uniform between the next time and t_k - 2 margin instead of the next time, a regulariser.
+
+    After the last step x_s is x0 itself, taken for a sample at t_min.
     """
 
     critic_first = False
@@ -218,6 +220,6 @@ class TDM(DistributionMatching):
         if self.random_s:
             margin = self.interval.margin * (process.t_max - process.t_min)
             s = s + (r.t - 2 * margin - s).clamp(min=0) * rng.uniform((len(rng),), s.dtype)
-            x_s = process.jump(r.x_in, r.x0.detach(), r.t, s)
+            x_s = self.renoise(process, r.x0.detach(), r.x_in, r.t, s, rng.normal(tuple(x_s.shape), x_s.dtype))
         tau = self.interval.draw(rng, process, r.t, s)
         return x_s, s, tau, rng.normal(tuple(x_s.shape), x_s.dtype)

@@ -150,25 +150,35 @@ def few_step(*overrides: str) -> list[str]:
     return ["distiller.times=[20.0,4.0]", *overrides]
 
 
-@pytest.mark.parametrize("interval", ["false", "true"])
-def test_a_step_ends_where_the_next_begins_and_is_noised_from_there(
-    interval: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("shared", ["false", "true"])
+@pytest.mark.parametrize("random_s", ["false", "true"])
+def test_a_step_ends_where_the_next_begins_and_both_phases_noise_from_there(shared: str, random_s: str) -> None:
     """x_tau is diffused from x_s: noised from x0, as DMD2 does, its law would not be the marginal's."""
-    recipe = gauss_recipe("tdm", *few_step(f"distiller.interval.shared={interval}"))
-    place(recipe)
-    seen: list[torch.Tensor] = []
-    network = recipe.networks["target"].network
-    handle = network.register_forward_hook(lambda m, i, o: seen.append(torch.cat((i[0][:, :1], i[1][:, None]), 1)))
-    batch = recipe.data.batch(Rng(0, 0, "data", range(4096)), 4096, recipe.needs, recipe.networks.dtype)
-    recipe.distiller.student_loss(batch, Rng(0, 0, "student", range(4096)))  # type: ignore[attr-defined]
-    handle.remove()
+    words = few_step(f"distiller.interval.shared={shared}", f"distiller.random_s={random_s}")
+    recipe = gauss_recipe("tdm", *words)
+    place(recipe, 0.2, 1.1)
+    distiller, process = recipe.distiller, recipe.networks.teacher.process
+    assert isinstance(distiller, tdm.TDM)
+    seen: dict[str, list[torch.Tensor]] = {"target": [], "fake_score": []}
+    for role, found in seen.items():
+        network = recipe.networks[role].network
+        # scaled by c_in on the way in
+        network.register_forward_hook(lambda m, i, o, found=found: found.append(i[0] / m.scale(i[1])[:, None]))
+    batch = recipe.data.batch(Rng(0, 0, "data", range(512)), 512, recipe.needs, recipe.networks.dtype)
+    rng = Rng(0, 0, "phase", range(512))
+    distiller.student_loss(batch, rng)
+    distiller.critic_loss(batch, rng)
     r = batch.memo["rollout"]
     assert set(r.s.tolist()) == {4.0, 0.002}
     first = r.s == 4.0
-    assert torch.equal(r.x_out[first], recipe.networks.teacher.process.jump(r.x_in, r.x0, r.t, r.s)[first])
+    assert torch.equal(r.x_out[first], process.jump(r.x_in, r.x0, r.t, r.s)[first])
     assert torch.equal(r.x_out[~first], r.x0[~first])
-    assert seen, "the target was not called"
+    for phase, inputs in (("student", seen["target"][0]), ("critic", seen["fake_score"][-1])):
+        x_s, s, tau, eps = distiller.noised_point(r, distiller.stream(rng).fork(phase))
+        assert torch.allclose(x_s, process.jump(r.x_in, r.x0, r.t, s)) or random_s == "false"
+        assert (random_s == "true") or (torch.equal(x_s, r.x_out) and torch.equal(s, r.s))
+        assert bool((s >= r.s).all() and (s < tau).all())
+        assert torch.allclose(inputs, process.diffuse(x_s, s, tau, eps))
 
 
 @pytest.mark.parametrize("word", ["distiller.interval.margin=0.9", "distiller.interval.lowest=0.3"])
