@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,7 @@ def unet2d_from_config(
     """A UNet2DModel with random weights. config: its keyword arguments; num_class_embeds counts the null row."""
     from diffusers import UNet2DModel
 
-    keywords = {key: _plain(value) for key, value in config.items()}
-    check_keywords(keywords, UNet2DModel, "config")
-    for key in _COUNTS & keywords.keys():
-        counts = keywords[key] if isinstance(keywords[key], list) else [keywords[key]]
-        if counts != [None] and min(counts, default=0) < 1:
-            raise UserError(f"config.{key}", "must be >= 1", keywords[key], "Raise it.")
+    keywords = model_keywords(config, UNet2DModel, _COUNTS)
     with seeded(seed):
         try:
             unet = UNet2DModel(**keywords)
@@ -142,6 +137,17 @@ def _network(unet: Any, sigma_data: float, sigma_min: float, sigma_max: float, h
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def model_keywords(config: Mapping[str, Any], cls: type, counts: Set[str]) -> dict[str, Any]:
+    """`config` as plain keywords of a diffusers class, checked: all of them its own, those of `counts` >= 1 or None."""
+    keywords = {key: _plain(value) for key, value in config.items()}
+    check_keywords(keywords, cls, "config")
+    for key in counts & keywords.keys():
+        found = keywords[key] if isinstance(keywords[key], list) else [keywords[key]]
+        if found != [None] and min(found, default=0) < 1:
+            raise UserError(f"config.{key}", "must be >= 1", keywords[key], "Raise it.")
+    return keywords
 
 
 def _plain(value: Any) -> Any:

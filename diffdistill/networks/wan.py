@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from diffdistill.config_check import check_keywords
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
+from diffdistill.networks.diffusers import model_keywords
 from diffdistill.networks.files import quiet_diffusers, resolve, seeded
 from diffdistill.process import VELOCITY, Kind, NoiseProcess, RectifiedFlow
 
@@ -111,12 +111,7 @@ def wan_from_config(config: Mapping[str, Any], prompts: str, seed: int) -> Wan:
     """
     from diffusers import WanTransformer3DModel
 
-    keywords = {key: _plain(value) for key, value in config.items()}
-    check_keywords(keywords, WanTransformer3DModel, "config")
-    for key in _COUNTS & keywords.keys():
-        counts = keywords[key] if isinstance(keywords[key], list) else [keywords[key]]
-        if min(counts, default=0) < 1:
-            raise UserError(f"config.{key}", "must be >= 1", keywords[key], "Raise it.")
+    keywords = model_keywords(config, WanTransformer3DModel, _COUNTS)
     if len(keywords.get("patch_size", (1, 2, 2))) != 3:
         raise UserError("config.patch_size", "must be [frames, height, width]", keywords["patch_size"], "Give three.")
     table = Path(resolve(prompts)) / PROMPTS
@@ -135,7 +130,3 @@ _COUNTS = {
     "patch_size", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim",
     "ffn_dim", "num_layers",
 }  # fmt: skip
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value

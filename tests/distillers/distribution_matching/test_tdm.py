@@ -13,6 +13,7 @@ from optimum import gauss_recipe, place
 from scipy.integrate import quad
 from scipy.optimize import brentq
 
+from diffdistill.config import compose
 from diffdistill.distillers.distribution_matching import diff_instruct, tdm
 from diffdistill.distillers.distribution_matching.tdm import ElementHuber, Interval, published, unbiased
 from diffdistill.distillers.distribution_matching.weights import unit
@@ -20,6 +21,7 @@ from diffdistill.errors import UserError
 from diffdistill.generator import Rollout
 from diffdistill.losses import squared
 from diffdistill.process import EDM, VP, NoiseProcess, RectifiedFlow
+from diffdistill.recipe import assemble
 from diffdistill.rng import Rng
 
 FLOW = RectifiedFlow()
@@ -213,3 +215,15 @@ def test_from_a_clean_sample_with_squares_it_is_twice_the_plain_pull() -> None:
     ours = tdm.generator_loss(target, fake, x0, eps, t, {}, weight=unit, distance=squared).sum()
     plain = diff_instruct.generator_loss(target, fake, x0, eps, t, {}, weight=unit).sum()
     assert torch.allclose(torch.autograd.grad(ours, x0)[0], 2 * torch.autograd.grad(plain, x0)[0])
+
+
+def test_the_fake_score_reads_the_step_and_the_student_does_not() -> None:
+    words = ["data=gmm2d", "distiller=tdm", "experiment=none", "evaluation=none", "run_dir=none"]
+    networks = assemble(compose("train", words)).networks  # type: ignore[arg-type]
+    x, t, cond = torch.randn(4, 2), torch.full((4,), 0.5), {"label": torch.arange(4)}
+    for role, reads in (("fake_score", True), ("student", False)):
+        with torch.no_grad():
+            for weight in networks.weights(role):  # the embedder's last layer is 0 at first
+                weight.add_(0.05 * torch.randn_like(weight))
+            first, second = (networks[role](x, t, {**cond, "step": torch.full((4,), k)}) for k in (0, 1))
+        assert torch.equal(first, second) != reads
