@@ -153,8 +153,8 @@ def attention_lines(settings: Mapping[str, Any]) -> str:
         return ""
     names = ["diffdistill.networks.attention.set_attention", *_targets(node)]
     imports = "\n".join("from {} import {}".format(*name.rpartition(".")[::2]) for name in names)
-    return f"""It was trained with block-sparse attention; the stock pipeline runs it densely, which is slower and gives
-other samples. With diffdistill installed the masks come back:
+    return f"""It was trained with block-sparse attention; the stock pipeline runs it densely, which gives other
+samples. With diffdistill installed the masks come back:
 
 ```python
 {imports}

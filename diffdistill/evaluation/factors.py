@@ -245,7 +245,7 @@ def table(found: Mapping[str, Any]) -> str:
     lines = [f"| | seconds | of attention | {' | '.join(names)} |", "|---" * (3 + len(names)) + "|"]
     for row in found["rows"]:
         cells = [f"{row['figures'][name]:.4g}" if name in row["figures"] else "-" for name in names]
-        lines.append(f"| {row['name']} | {row['seconds']:.2f} | {row['attention_seconds']:.2f} | {' | '.join(cells)} |")
+        lines.append(f"| {row['name']} | {row['seconds']:.3g} | {row['attention_seconds']:.3g} | {' | '.join(cells)} |")
     f = found["factors"]
     told = (
         f"Fewer steps: {f['steps']:.1f}x. Sparse steps: {f['attention']:.2f}x, attention alone "
