@@ -48,28 +48,35 @@ class MovingDigits:
 
     frames, size: of a clip, pixels; 16 frames of 64 x 64 are 4,096 tokens in patches of 1 x 4 x 4.  stride: also the
     lattice of places; at the patch's size a patch always shows the same part of a digit, which a small transformer
-    learns soon.  Digit, scan, direction and first place are uniform. Label digit * 8 + direction, 80 classes, see
-    `prompts`.
+    learns soon.  zoom: pixels of the canvas per pixel of a scan and axis; the digits of two frames in a row overlap
+    where it exceeds stride / 8.  Digit, scan, direction and first place are uniform. Label digit * 8 + direction, 80
+    classes, see `prompts`.
     """
 
     frames: int = 16
     size: int = 64
     stride: int = 4
+    zoom: int = 2
     name: str = field(default="moving_digits", init=False)
     num_classes: int = field(default=10 * len(DIRECTIONS), init=False)
     provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
     source: Source = field(default=SCANS, init=False)
 
     def __post_init__(self) -> None:
-        require_at_least(1, frames=self.frames, stride=self.stride)
-        if self.size <= SIDE or (self.size - SIDE) % self.stride:
-            constraint = f"must be {SIDE}, the side of a scan, and a positive multiple of stride {self.stride}"
+        require_at_least(1, frames=self.frames, stride=self.stride, zoom=self.zoom)
+        if self.size <= self.side or (self.size - self.side) % self.stride:
+            constraint = f"must be {self.side}, the side of a digit, and a positive multiple of stride {self.stride}"
             raise UserError("data.size", constraint, self.size, "64 is the default.")
+
+    @property
+    def side(self) -> int:
+        """Of a digit on the canvas, pixels."""
+        return SIDE * self.zoom
 
     @property
     def room(self) -> int:
         """Strides from one end of an axis to the other."""
-        return (self.size - SIDE) // self.stride
+        return (self.size - self.side) // self.stride
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -88,7 +95,7 @@ class MovingDigits:
         return _reference(self)
 
     def features(self) -> FeatureNetwork:
-        """Of the scans: what a frame shows is measured on the 8 x 8 pixels around the digit."""
+        """Of the scans: what a frame shows is measured on the digit, brought back to the 8 x 8 pixels of a scan."""
         return load_features()
 
     @cached_property
@@ -114,22 +121,25 @@ class MovingDigits:
         return labels // len(DIRECTIONS)
 
     def places(self, start: Tensor, labels: Tensor) -> Tensor:
-        """Top left corners [B, frames, 2] (row, column) of clips that begin at `start` [B, 2]."""
+        """Top left corners [B, frames, 2] (row, column) of clips that begin at the place nearest to `start` [B, 2]."""
+        start = self.stride * torch.round(start / self.stride).long()
         velocity = torch.tensor(list(DIRECTIONS.values()), device=labels.device)[labels % len(DIRECTIONS)]
         steps = torch.arange(self.frames, device=labels.device)
         moved = start[:, None] + self.stride * steps[:, None] * velocity[:, None]
-        return bounced(moved, self.size - SIDE)
+        return bounced(moved, self.size - self.side)
 
     def _pasted(self, scans: Tensor, place: Tensor) -> Tensor:
         """Scans [B, 8, 8] on black canvases at places [B, T, 2], [B, 1, T, size, size]."""
         B, T = place.shape[:2]
+        digits = scans.repeat_interleave(self.zoom, 1).repeat_interleave(self.zoom, 2)
         clips = torch.full((B, T, self.size, self.size), BLACK, dtype=scans.dtype, device=scans.device)
-        inner = torch.arange(SIDE, device=scans.device)
-        rows = (place[..., 0, None] + inner)[..., :, None].expand(B, T, SIDE, SIDE)
-        columns = (place[..., 1, None] + inner)[..., None, :].expand(B, T, SIDE, SIDE)
+        inner = torch.arange(self.side, device=scans.device)
+        whole = (B, T, self.side, self.side)
+        rows = (place[..., 0, None] + inner)[..., :, None].expand(whole)
+        columns = (place[..., 1, None] + inner)[..., None, :].expand(whole)
         b = torch.arange(B, device=scans.device).view(-1, 1, 1, 1).expand_as(rows)
         t = torch.arange(T, device=scans.device).view(1, -1, 1, 1).expand_as(rows)
-        clips[b, t, rows, columns] = scans[:, None].expand(B, T, SIDE, SIDE)
+        clips[b, t, rows, columns] = digits[:, None].expand(whole)
         return clips[:, None]
 
 

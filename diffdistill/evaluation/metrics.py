@@ -183,7 +183,7 @@ def _of_clips(
     found: Figures = {}
     if "frame_fd" in names:
         assert features is not None
-        ours, theirs = (_by_block(features.features, tracking.windows(clips)) for clips in (y, x))
+        ours, theirs = (_by_block(features.features, tracking.windows(clips, motion.side)) for clips in (y, x))
         found["frame_fd"] = frechet_distance(moments(ours), moments(theirs))
     if "frame_fd_pixel" in names:
         ours, theirs = (tracking.small_frames(clips) for clips in (y, x))

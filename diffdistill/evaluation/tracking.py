@@ -14,12 +14,17 @@ from torch import Tensor
 
 from .features import FeatureNetwork
 
-SIDE = 8  # of the window, pixels: what the feature network takes
+SCAN = 8  # side of what the feature network takes, pixels
 FAINT = 0.1  # share of full brightness below which a pixel counts as background
 
 
 class Motion(Protocol):
     """The law that clips were made by."""
+
+    @property
+    def side(self) -> int:
+        """Of what moves, pixels: a multiple of 8."""
+        ...
 
     def places(self, start: Tensor, labels: Tensor) -> Tensor:
         """Corners [B, T, 2] (row, column) of clips that begin at `start` [B, 2]."""
@@ -36,11 +41,11 @@ def light(clips: Tensor) -> Tensor:
     return torch.where(bright > FAINT, bright, 0)
 
 
-def corners(clips: Tensor) -> Tensor:
-    """Top left corners [B, T, 2] (row, column) of the windows that hold most light; the middle one of equals."""
+def corners(clips: Tensor, side: int) -> Tensor:
+    """Top left corners [B, T, 2] (row, column) of the windows [side, side] that hold most light; the middle of equals."""
     shone = light(clips)
     B, T = shone.shape[:2]
-    sums = F.avg_pool2d(shone.flatten(0, 1)[:, None], SIDE, stride=1)[:, 0]
+    sums = F.avg_pool2d(shone.flatten(0, 1)[:, None], side, stride=1)[:, 0]
     best = (sums >= sums.amax((1, 2), keepdim=True) * (1 - 1e-4) - 1e-6).to(sums.dtype)
     count = best.sum((1, 2))
     axes = [torch.arange(n, dtype=sums.dtype, device=sums.device) for n in sums.shape[1:]]
@@ -61,24 +66,25 @@ def centres(clips: Tensor) -> Tensor:
     return torch.stack(found, 2)
 
 
-def windows(clips: Tensor) -> Tensor:
-    """The 8 x 8 pixels around the digit of every frame, [B * T, 1, 8, 8]."""
+def windows(clips: Tensor, side: int) -> Tensor:
+    """The side x side pixels around the digit of every frame, averaged down to [B * T, 1, 8, 8]."""
     frames = clips.transpose(1, 2).flatten(0, 1)
-    patches = frames[:, 0].unfold(1, SIDE, 1).unfold(2, SIDE, 1)
-    row, column = corners(clips).flatten(0, 1).unbind(1)
-    return patches[torch.arange(len(frames), device=clips.device), row, column][:, None]
+    patches = frames[:, 0].unfold(1, side, 1).unfold(2, side, 1)
+    row, column = corners(clips, side).flatten(0, 1).unbind(1)
+    found = patches[torch.arange(len(frames), device=clips.device), row, column][:, None]
+    return F.avg_pool2d(found, side // SCAN)
 
 
 def velocity_error(clips: Tensor, labels: Tensor, motion: Motion) -> float:
     """Mean distance, in pixels per frame, of the digit's velocity from the one its label and first place ask for."""
-    asked = motion.places(corners(clips)[:, 0], labels).diff(dim=1)
+    asked = motion.places(corners(clips, motion.side)[:, 0], labels).diff(dim=1)
     return float((centres(clips).diff(dim=1) - asked).norm(dim=2).mean())
 
 
 @torch.no_grad()
 def shown_agreement(clips: Tensor, labels: Tensor, motion: Motion, features: FeatureNetwork) -> float:
     """Share of clips whose frames, taken together, show the digit they were asked for."""
-    scores = features.logits(windows(clips)).log_softmax(1).view(len(clips), -1, 10).mean(1)
+    scores = features.logits(windows(clips, motion.side)).log_softmax(1).view(len(clips), -1, 10).mean(1)
     return float((scores.argmax(1) == motion.shown(labels)).double().mean())
 
 
