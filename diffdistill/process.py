@@ -193,13 +193,18 @@ class EDM(NoiseProcess):
 
 @dataclass(frozen=True)
 class RectifiedFlow(NoiseProcess):
-    """alpha = 1 - t, sigma = t on [0, 1]. Liu et al. 2022, arXiv:2209.03003."""
+    """alpha = 1 - t, sigma = t on [0, 1]. Liu et al. 2022, arXiv:2209.03003.
+
+    shift: of the grids its network was made for (`solvers.flow_shift`); the process itself does not depend on it.
+    """
 
     t_min: float = 0.0
     t_max: float = 1.0
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(shift=self.shift)
         if self.t_max > 1:
             raise UserError("t_max", "must be <= 1", self.t_max, "There alpha is 0.")
 
@@ -238,6 +243,10 @@ class VP(NoiseProcess):
 
     log(alpha_bar) is interpolated by a cubic through the table, so integers give exactly DDPM's values and the
     derivative is continuous. Ho et al. 2020, arXiv:2006.11239.
+
+    snr_shift: the signal-to-noise ratio alpha^2 / sigma^2 is divided by it (CogVideoX, arXiv:2408.06072).
+    zero_terminal_snr: then alpha is moved and stretched to end at 0 and begin where it did (Lin et al. 2024,
+    arXiv:2305.08891, algorithm 1).
     """
 
     t_min: float = 0.0
@@ -246,9 +255,12 @@ class VP(NoiseProcess):
     beta_end: float = 0.02
     schedule: Literal["linear", "scaled_linear"] = "linear"
     num_steps: int = 1000
+    zero_terminal_snr: bool = False
+    snr_shift: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_positive(snr_shift=self.snr_shift)
         if not 0 < self.beta_start <= self.beta_end < 1:
             betas = (self.beta_start, self.beta_end)
             raise UserError("beta_start, beta_end", "must satisfy 0 < beta_start <= beta_end < 1", betas, "Mend them.")
@@ -273,7 +285,18 @@ class VP(NoiseProcess):
         cubic = 2 * (p1 - p2) + slope1 + slope2
         square = 3 * (p2 - p1) - 2 * slope1 - slope2
         log_bar = ((cubic * u + square) * u + slope1) * u + p1
-        return torch.exp(log_bar / 2).to(t.dtype), torch.sqrt(-torch.expm1(log_bar)).to(t.dtype)
+        if self.snr_shift == 1 and not self.zero_terminal_snr:
+            return torch.exp(log_bar / 2).to(t.dtype), torch.sqrt(-torch.expm1(log_bar)).to(t.dtype)
+        alpha = self._shifted(log_bar)
+        if self.zero_terminal_snr:
+            first, last = self._shifted(table[[1, self.num_steps]])
+            alpha = (alpha - last) * first / (first - last)
+        return alpha.to(t.dtype), torch.sqrt((1 - alpha) * (1 + alpha)).to(t.dtype)
+
+    def _shifted(self, log_bar: Tensor) -> Tensor:
+        """alpha where the signal-to-noise ratio of alpha_bar is divided by snr_shift."""
+        bar = torch.exp(log_bar)
+        return torch.sqrt(bar / (self.snr_shift + (1 - self.snr_shift) * bar))
 
 
 class Kind(ABC):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError, refusing, require_positive
-from diffdistill.process import VELOCITY, VP, X0, NoiseProcess, expand
+from diffdistill.process import VELOCITY, VP, X0, NoiseProcess, RectifiedFlow, expand
 from diffdistill.rng import Rng
 
 MAX_STEPS = 10_000  # more is a slip of the keyboard
@@ -147,13 +147,15 @@ def logit_normal(process: NoiseProcess, num_steps: int, mean: float = 0.0, std: 
     return _ends_exact(process, [process.t_max, *times, process.t_min])
 
 
-@refusing(lambda shift=1.0: require_positive(shift=shift))
-def flow_shift(process: NoiseProcess, num_steps: int, shift: float = 1.0) -> tuple[float, ...]:
+@refusing(lambda shift=None: require_positive(shift=1.0 if shift is None else shift))
+def flow_shift(process: NoiseProcess, num_steps: int, shift: float | None = None) -> tuple[float, ...]:
     """Rectified flow's grid in video models: u from 1 down in equal steps, moved to shift u / (1 + (shift - 1) u).
 
-    num_steps + 1 decreasing times, t_max to t_min. A shift above 1 spends the steps where noise is high. Source: Esser
-    et al. 2024, arXiv:2403.03206, section 5.3.2.
+    num_steps + 1 decreasing times, t_max to t_min. A shift above 1 spends the steps where noise is high; None is the
+    process's own. Source: Esser et al. 2024, arXiv:2403.03206, section 5.3.2.
     """
+    if shift is None:
+        shift = process.shift if isinstance(process, RectifiedFlow) else 1.0
     share = 1 - np.arange(num_steps) / num_steps
     moved = shift * share / (1 + (shift - 1) * share)
     times = process.t_min + (process.t_max - process.t_min) * moved

@@ -42,7 +42,7 @@ def light(clips: Tensor) -> Tensor:
 
 
 def corners(clips: Tensor, side: int) -> Tensor:
-    """Top left corners [B, T, 2] (row, column) of the windows [side, side] that hold most light; the middle of equals."""
+    """Top left corners [B, T, 2] (row, column) of the side x side windows with most light; the middle of equals."""
     shone = light(clips)
     B, T = shone.shape[:2]
     sums = F.avg_pool2d(shone.flatten(0, 1)[:, None], side, stride=1)[:, 0]

@@ -1,0 +1,71 @@
+"""FluxTransformer2DModel: FLUX.1 dev (which reads a guidance scale) and schnell. Black Forest Labs 2024."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.networks.families.folder import load
+from diffdistill.networks.families.packing import pack, unpack
+from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.scheduled import Schedule
+
+
+class Flux(Stock):
+    """text and pooled. A model with guidance_embeds is fed the scale it imitates: cond["w"], or `guidance`."""
+
+    model_class = "FluxTransformer2DModel"
+    needs = ("text", "pooled")
+    embedding = "time_text_embed.timestep_embedder"
+
+    def __init__(self, model: Any, schedule: Schedule, guidance: float = 3.5) -> None:
+        super().__init__(model, schedule)
+        self.guidance = guidance
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
+
+    @property
+    def channels(self) -> int:
+        return int(self.model.config.in_channels) // 4
+
+    def tokens(self, shape: tuple[int, ...]) -> int:
+        return shape[-2] * shape[-1] // 4
+
+    def time(self, t: Tensor) -> Tensor:
+        return t  # the model multiplies by 1000 itself
+
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        text = self.given(cond, "text").to(x.dtype)
+        height, width = x.shape[-2:]
+        guidance = None
+        if self.model.config.guidance_embeds:
+            guidance = cond["w"] if "w" in cond else torch.full_like(t_net, self.guidance)
+        tokens = self.model(
+            pack(x),
+            encoder_hidden_states=text,
+            pooled_projections=self.given(cond, "pooled").to(x.dtype),
+            timestep=t_net,
+            img_ids=_places(height // 2, width // 2, x),
+            txt_ids=x.new_zeros(text.shape[1], 3),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return unpack(tokens, height, width)
+
+
+def _places(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(0, row, column) of each token, [rows * columns, 3]."""
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    return torch.stack([torch.zeros_like(row), row, column], 2).view(-1, 3).to(like)
+
+
+def flux(path: str, guidance: float = 3.5) -> Flux:
+    """From a pipeline folder or hub id. guidance: the scale that a model with guidance_embeds is fed."""
+    model, schedule = load(path, Flux)
+    return Flux(model, schedule, guidance)

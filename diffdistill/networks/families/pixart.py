@@ -1,0 +1,44 @@
+"""PixArtTransformer2DModel: PixArt-alpha and -Sigma. Chen et al. 2023, arXiv:2310.00426; 2024, arXiv:2403.04692."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.networks.families.folder import load
+from diffdistill.networks.families.stock import Stock
+
+
+class PixArt(Stock):
+    """text with its mask. Alpha at 1024 pixels also takes size [B, 2], height and width in pixels."""
+
+    model_class = "PixArtTransformer2DModel"
+    needs = ("text", "mask")
+    embedding = "adaln_single.emb.timestep_embedder"
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.transformer_blocks)
+
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
+        if self.model.use_additional_conditions:
+            size = self.given(cond, "size").to(x.dtype)
+            added = {"resolution": size, "aspect_ratio": size[:, :1] / size[:, 1:]}
+        out = self.model(
+            x,
+            encoder_hidden_states=self.given(cond, "text").to(x.dtype),
+            encoder_attention_mask=self.given(cond, "mask"),
+            timestep=t_net,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return out[:, : x.shape[1]]  # the rest is a learned variance
+
+
+def pixart(path: str) -> PixArt:
+    """From a pipeline folder or hub id."""
+    return PixArt(*load(path, PixArt))

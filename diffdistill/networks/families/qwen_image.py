@@ -1,0 +1,51 @@
+"""QwenImageTransformer2DModel. Wu et al. 2025, Qwen-Image Technical Report, arXiv:2508.02324."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.networks.families.folder import load
+from diffdistill.networks.families.packing import pack, unpack
+from diffdistill.networks.families.stock import Stock
+
+
+class QwenImage(Stock):
+    """text with its mask."""
+
+    model_class = "QwenImageTransformer2DModel"
+    needs = ("text", "mask")
+    embedding = "time_text_embed.timestep_embedder"
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.transformer_blocks)
+
+    @property
+    def channels(self) -> int:
+        return int(self.model.config.in_channels) // 4
+
+    def tokens(self, shape: tuple[int, ...]) -> int:
+        return shape[-2] * shape[-1] // 4
+
+    def time(self, t: Tensor) -> Tensor:
+        return t  # the model multiplies by 1000 itself
+
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        height, width = x.shape[-2:]
+        tokens = self.model(
+            pack(x),
+            encoder_hidden_states=self.given(cond, "text").to(x.dtype),
+            encoder_hidden_states_mask=self.given(cond, "mask").bool(),
+            timestep=t_net,
+            img_shapes=[[(1, height // 2, width // 2)]] * len(x),
+            return_dict=False,
+        )[0]
+        return unpack(tokens, height, width)
+
+
+def qwen_image(path: str) -> QwenImage:
+    """From a pipeline folder or hub id."""
+    return QwenImage(*load(path, QwenImage))

@@ -1,0 +1,37 @@
+"""SD3Transformer2DModel: Stable Diffusion 3 and 3.5. Esser et al. 2024, arXiv:2403.03206."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.networks.families.folder import load
+from diffdistill.networks.families.stock import Stock
+
+
+class SD3(Stock):
+    """text of three encoders, joined as the pipeline joins them, and pooled."""
+
+    model_class = "SD3Transformer2DModel"
+    needs = ("text", "pooled")
+    embedding = "time_text_embed.timestep_embedder"
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.model.transformer_blocks)
+
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        return self.model(
+            x,
+            encoder_hidden_states=self.given(cond, "text").to(x.dtype),
+            pooled_projections=self.given(cond, "pooled").to(x.dtype),
+            timestep=t_net,
+            return_dict=False,
+        )[0]
+
+
+def sd3(path: str) -> SD3:
+    """From a pipeline folder or hub id."""
+    return SD3(*load(path, SD3))

@@ -1,0 +1,70 @@
+"""UNet2DConditionModel: Stable Diffusion 1.x, 2.x and XL, their inpainting forms, and what was fine-tuned from them.
+
+Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.networks.families.folder import load
+from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.scheduled import Schedule
+
+
+class StableDiffusion(Stock):
+    """XL also takes pooled [B, 1280] and time_ids [B, 6]: original height and width, crop top and left, target size.
+
+    A model with time_cond_proj_dim (LCM) is fed the scale it imitates: cond["w"], or `guidance`.
+    """
+
+    part = "unet"
+    model_class = "UNet2DConditionModel"
+    embedding = "time_embedding"
+
+    def __init__(self, model: Any, schedule: Schedule, guidance: float = 1.0) -> None:
+        super().__init__(model, schedule)
+        self.guidance = guidance
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]:
+        return [*self.model.down_blocks, self.model.mid_block, *self.model.up_blocks]
+
+    @property
+    def channels(self) -> int:
+        return int(self.model.config.out_channels)  # inpainting reads more
+
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        config = self.model.config
+        inputs: dict[str, Any] = {"encoder_hidden_states": self.given(cond, "text").to(x.dtype)}
+        if config.addition_embed_type == "text_time":
+            pooled, ids = self.given(cond, "pooled"), self.given(cond, "time_ids")
+            inputs["added_cond_kwargs"] = {"text_embeds": pooled.to(x.dtype), "time_ids": ids.to(x.dtype)}
+        if config.time_cond_proj_dim is not None:
+            # LCM's own w is 0 for the plain conditional model; this package's is 1
+            w = cond["w"] if "w" in cond else torch.full_like(t_net, self.guidance)
+            inputs["timestep_cond"] = _scale_embedding(w - 1, config.time_cond_proj_dim).to(x.dtype)
+        if config.in_channels > config.out_channels:
+            x = torch.cat([x, self.given(cond, "concat").to(x.dtype)], 1)
+        return self.model(x, t_net, return_dict=False, **inputs)[0]
+
+
+def _scale_embedding(w: Tensor, width: int) -> Tensor:
+    """As LatentConsistencyModelPipeline embeds it: sines, then cosines, of 1000 w."""
+    half = width // 2
+    frequencies = torch.exp(
+        torch.arange(half, device=w.device, dtype=w.dtype) * -(torch.log(w.new_tensor(1e4)) / (half - 1))
+    )
+    angle = 1000 * w[:, None] * frequencies
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def stable_diffusion(path: str, guidance: float = 1.0) -> StableDiffusion:
+    """From a pipeline folder or hub id. guidance: the scale a model with a scale input (LCM) is fed."""
+    model, schedule = load(path, StableDiffusion)
+    return StableDiffusion(model, schedule, guidance)

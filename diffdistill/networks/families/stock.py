@@ -1,0 +1,94 @@
+"""What the families share: a diffusers model with the schedule of its pipeline, and conditions by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from diffdistill.denoiser import Cond
+from diffdistill.errors import UserError
+from diffdistill.networks.scheduled import Schedule
+from diffdistill.process import Kind, NoiseProcess, RectifiedFlow
+
+DIMS = {2: "[channels, length]", 3: "[channels, height, width]", 4: "[channels, frames, height, width]"}
+
+
+class Stock(nn.Module, ABC):
+    """A diffusers model as a network. Subclasses say what it is called with.
+
+    Conditions, batch first: text [B, L, D], its mask [B, L] (1: token), pooled [B, P], time_ids [B, 6], label [B]; and
+    concat [B, c, *sizes], channels put behind the state (inpainting masks, first frames). null: set by what made the
+    embeddings, batch 1.
+    """
+
+    closed_form = False
+    part: ClassVar[str] = "transformer"  # its folder in a pipeline
+    model_class: ClassVar[str]  # in diffusers
+    dims: ClassVar[int] = 3  # of a sample
+    needs: ClassVar[tuple[str, ...]] = ("text",)
+    embedding: ClassVar[str | None]  # the module that embeds time; None where there is one per block
+
+    def __init__(self, model: Any, schedule: Schedule) -> None:
+        super().__init__()
+        self.model = model
+        self.schedule = schedule
+        self.process: NoiseProcess = schedule.process
+        self.kind: Kind = schedule.kind
+        self.num_classes = 0
+        self.null: Cond | None = None
+        self.embedding_name = None if self.embedding is None else f"model.{self.embedding}"
+        self.embedding_width = 0
+        if self.embedding is not None:
+            linears = [m for m in model.get_submodule(self.embedding).modules() if isinstance(m, nn.Linear)]
+            self.embedding_width = linears[-1].out_features
+
+    @property
+    def backbone(self) -> Any:
+        """The stock module, by whose names adapters find their places."""
+        return self.model
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def channels(self) -> int:
+        """Of a sample."""
+        return int(self.model.config.in_channels)
+
+    def tokens(self, shape: tuple[int, ...]) -> int:
+        """Of a sample of this shape: what a dynamic shift depends on."""
+        patch = self.model.config.get("patch_size") or 1
+        height, width = shape[-2:]
+        return (height // patch) * (width // patch)
+
+    def scale(self, t: Tensor) -> Tensor:
+        return self.schedule.scale(t)
+
+    def time(self, t: Tensor) -> Tensor:
+        return self.schedule.time(t)
+
+    def check(self, shape: tuple[int, ...], num_classes: int) -> None:
+        """Raise UserError unless it denoises samples of `shape`; takes the grid's shift that belongs to their size."""
+        if len(shape) != self.dims or shape[0] != self.channels:
+            wanted = f"must denoise samples of the data's shape {list(shape)}"
+            found = f"a {self.model_class} for {self.channels} channels, {DIMS[self.dims]}"
+            raise UserError("networks", wanted, found, "Change data or networks.")
+        if isinstance(self.process, RectifiedFlow):
+            self.process = replace(self.process, shift=self.schedule.shift_for(self.tokens(shape)))
+
+    def given(self, cond: Cond, name: str) -> Tensor:
+        """A condition that the model cannot do without."""
+        if name not in cond:
+            found = ", ".join(sorted(cond)) or "none"
+            fix = f"{self.model_class} needs {', '.join(self.needs)}."
+            raise UserError("data", f"must give the condition {name}", found, fix)
+        return cond[name]
+
+    @abstractmethod
+    def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
+        """The raw prediction, [B, *sample]."""
