@@ -46,7 +46,14 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             teacher = build(settings["networks"])
     else:
         teacher = build(settings["networks"]).to(device)
+    return assemble_parts(settings, data, teacher)
+
+
+def assemble_parts(settings: Mapping[str, Any], data: Data, teacher: Any) -> Recipe:
+    """As `assemble`, with data and teacher made by the caller; `settings` says the rest."""
     teacher.check(data.shape, data.num_classes)
+    if (null := getattr(data, "null", None)) is not None:  # of text, the embedding of what no prompt is
+        teacher.null = null
     if getattr(data, "unconditional", False) and teacher.null is None:
         fix = "Set it to false, or use a teacher with a null class."
         raise UserError("data.unconditional", "needs a network with a null condition", True, fix)
@@ -54,7 +61,8 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
     needs, roles = _asked(part)
     scale, interval = _guidance(settings["guidance"])
     has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
-    has |= {"condition"} if data.num_classes else set()
+    example = data.conditions(Rng(0, 0, "example", range(1)))
+    has |= {"condition"} if example else set()
     # made by the teacher's sampler before the first step
     has |= {need for need, key in MADE.items() if settings.get(key) is not None}
     if missing := sorted(needs - has):
@@ -66,7 +74,6 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             key = MADE[missing[0]]
             fix = f"They are made where {key} is not null: {key}.num says how many."
         raise UserError("distiller", f"needs {', '.join(missing)}", given, fix)
-    example = {"label": torch.zeros(1, dtype=torch.int64, device=device)} if data.num_classes else {}
     # heads and adapters are drawn from torch's own generator: the run's seed decides them too
     with seeded(Rng(int(settings["trainer"]["seed"]), phase="networks").torch_seed()):
         networks = Networks(

@@ -54,8 +54,6 @@ SILENT = (
     "networks.process={_target_: diffdistill.process.RectifiedFlow, t_min: 0.002, t_max: 1.0}",
     "~sampler.grid.rho",
     "sampler.grid._target_=diffdistill.solvers.uniform",
-    "~distiller.pairs.grid.rho",
-    "distiller.pairs.grid._target_=diffdistill.solvers.uniform",
     "distiller.power=1",  # at 2 it is the gradient over kappa that falls
 )
 DISCRETISED = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -173,16 +173,18 @@ class Hooks:
         self._handles.clear()
 
     def _keep(self, what: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            setattr(self, what, output)
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            setattr(self, what, output if isinstance(output, Tensor) else output[0])
 
         return hook
 
     def _add(self, adapter: nn.Module) -> Any:
-        def hook(module: nn.Module, inputs: Any, keywords: Any, output: Tensor) -> Tensor | None:
+        def hook(module: nn.Module, inputs: Any, keywords: Any, outputs: Any) -> Any:
             w = self.scale()
             if w is None:
                 return None
+            place = _place(inputs, keywords, outputs)
+            output = outputs if place is None else outputs[place]
             hidden = _hidden(inputs, keywords, output)
             tokens = _tokens(hidden)
             condition = _prompt(inputs, keywords)
@@ -194,7 +196,8 @@ class Hooks:
             assert self.time is not None
             time = self.time.to(dtype).expand(len(tokens), -1)
             found = adapter(tokens.to(dtype), w, time, given).to(output.dtype)
-            return output + (found.transpose(1, 2) if output.ndim > 3 else found).reshape(output.shape)
+            changed = output + (found.transpose(1, 2) if output.ndim > 3 else found).reshape(output.shape)
+            return changed if place is None else (*outputs[:place], changed, *outputs[place + 1 :])
 
         return hook
 
@@ -224,10 +227,15 @@ def _shapes(network: nn.Module, names: list[str]) -> Iterator[dict[str, SiteShap
     widths = {"time": 0, "condition": 0}
 
     def keep(what: str) -> Any:
-        return lambda module, inputs, output: widths.__setitem__(what, output.shape[-1])
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            widths[what] = (output if isinstance(output, Tensor) else output[0]).shape[-1]
+
+        return hook
 
     def look(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, keywords: Any, output: Any) -> None:
+        def hook(module: nn.Module, inputs: Any, keywords: Any, outputs: Any) -> None:
+            place = _place(inputs, keywords, outputs)
+            output = outputs if place is None else outputs[place]
             if not isinstance(output, Tensor) or output.ndim < 2:
                 fix = "Name others: an attention, a residual block."
                 raise UserError("adapter.sites", "must be modules that return one hidden state", name, fix)
@@ -253,24 +261,43 @@ def _shapes(network: nn.Module, names: list[str]) -> Iterator[dict[str, SiteShap
 def _is_site(name: str, module: nn.Module, spec: AdapterSpec) -> bool:
     if spec.sites is not None:
         return any(re.fullmatch(site, name) for site in spec.sites)
-    return type(module).__name__ == "Attention"  # diffusers': by name, this file works without it
+    return type(module).__name__.endswith("Attention")  # diffusers': by name, this file works without it
 
 
 def _time_embedding(network: nn.Module) -> nn.Module:
-    return _named(network, "time_embedding", "time_text_embed", "time_embed")
+    found = _named(network, *TIME)
+    if found is None:
+        fix = "Adapters are for diffusers' UNets and transformers."
+        raise UserError("roles", f"adapter needs a network with one of {TIME}", type(network).__name__, fix)
+    return found
 
 
 def _class_embedding(network: nn.Module) -> nn.Module | None:
-    return getattr(network, "class_embedding", None)
+    return _named(network, "class_embedding", "transformer_blocks.0.norm1.emb.class_embedder")
 
 
-def _named(network: nn.Module, *names: str) -> nn.Module:
-    for name in names:
-        module = getattr(network, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    fix = "Adapters are for diffusers' UNets and transformers."
-    raise UserError("roles", f"adapter needs a network with one of {names}", type(network).__name__, fix)
+# where diffusers' models embed time; DiT does so once per block, all from the same input
+TIME = ("time_embedding", "time_text_embed", "time_embed", "adaln_single", "condition_embedder.time_embedder",
+        "timestep_proj", "transformer_blocks.0.norm1.emb.timestep_embedder")  # fmt: skip
+
+
+def _named(network: nn.Module, *paths: str) -> nn.Module | None:
+    for path in paths:
+        with suppress(AttributeError):
+            module: Any = network.get_submodule(path)
+            if module is not None:
+                return module
+    return None
+
+
+def _place(inputs: Any, keywords: Any, outputs: Any) -> int | None:
+    """Where the hidden state lies in what a module returns: None for a tensor; in a tuple, the one of its input's
+    shape, the first where text is as long as the picture."""
+    if not isinstance(outputs, tuple):
+        return None
+    given = inputs[0] if inputs else keywords.get("hidden_states")
+    shapes = [getattr(output, "shape", None) for output in outputs]
+    return shapes.index(given.shape) if isinstance(given, Tensor) and given.shape in shapes else None
 
 
 def _hidden(inputs: Any, keywords: Any, output: Tensor) -> Tensor:

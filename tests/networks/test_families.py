@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from tiny_families import LENGTH, TINY, Tiny
 from torch import Tensor
 
 from diffdistill.denoiser import Denoiser, Guidance
@@ -22,7 +23,6 @@ from diffdistill.networks.files import quiet_diffusers
 from diffdistill.networks.scheduled import Schedule, schedule_of
 from diffdistill.process import EDM, RectifiedFlow
 from diffdistill.solvers import ddim, flow_shift, sample
-from tests.tiny_families import LENGTH, TINY, Tiny
 
 STEPS = 4
 B = 2
