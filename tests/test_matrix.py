@@ -1,5 +1,5 @@
-"""Every distiller config on every family's real classes, tiny and random: two steps, gradients on the right roles, saved,
-read back, sampled.
+"""Every distiller config on every family's real classes, tiny and random: two steps, gradients on the right roles,
+saved, read back, sampled.
 
 By default each distiller runs on one family and each family with one distiller; `make matrix` runs all. A new config or
 family enrols itself; what cannot work stands in WITHOUT with its reason, and no pair is left out otherwise.

@@ -110,9 +110,9 @@ TINY: dict[str, Tiny] = {
     "flux": Tiny(
         Flux,
         {"patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 1, "attention_head_dim": 16,
-         "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 12,
+         "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16,
          "axes_dims_rope": (4, 4, 8), "guidance_embeds": True},
-        _flow(use_dynamic_shifting=True), (4, 8, 8), {**TEXT, "pooled": (12,)},
+        _flow(use_dynamic_shifting=True), (4, 8, 8), {**TEXT, "pooled": (16,)},
     ),
     "qwen_image": Tiny(
         QwenImage,

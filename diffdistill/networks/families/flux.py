@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffdistill.denoiser import Cond
 from diffdistill.networks.families.folder import load
 from diffdistill.networks.families.packing import pack, unpack
-from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.families.stock import Stock, as_called
 from diffdistill.networks.scheduled import Schedule
 
 
@@ -39,6 +39,10 @@ class Flux(Stock):
 
     def time(self, t: Tensor) -> Tensor:
         return t  # the model multiplies by 1000 itself
+
+    def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        text, pooled, _ = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))
+        return {"text": text, "pooled": pooled}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         text = self.given(cond, "text").to(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
@@ -22,6 +23,9 @@ class PixArt(Stock):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
+
+    def sized(self, height: int, width: int) -> dict[str, Tensor]:
+        return {"size": torch.tensor([[height, width]]).float()} if self.model.use_additional_conditions else {}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.networks.families.folder import load
 from diffdistill.networks.families.packing import pack, unpack
-from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.families.stock import Stock, as_called
 
 
 class QwenImage(Stock):
@@ -32,6 +34,10 @@ class QwenImage(Stock):
 
     def time(self, t: Tensor) -> Tensor:
         return t  # the model multiplies by 1000 itself
+
+    def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        text, mask = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))
+        return {"text": text, "mask": torch.ones(text.shape[:2], dtype=torch.int64) if mask is None else mask}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         height, width = x.shape[-2:]

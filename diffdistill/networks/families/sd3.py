@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.networks.families.folder import load
-from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.families.stock import Stock, as_called
 
 
 class SD3(Stock):
@@ -21,6 +22,12 @@ class SD3(Stock):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
+
+    def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        text, _, pooled, _ = pipeline.encode_prompt(
+            texts, None, None, device=pipeline.device, do_classifier_free_guidance=False, **as_called(pipeline)
+        )
+        return {"text": text, "pooled": pooled}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         return self.model(

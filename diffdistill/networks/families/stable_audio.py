@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.networks.families.folder import load
 from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.scheduled import Schedule
 
 
 class StableAudio(Stock):
@@ -19,12 +22,28 @@ class StableAudio(Stock):
     needs = ("text", "pooled")
     embedding = "timestep_proj"
 
+    def __init__(self, model: Any, schedule: Schedule, seconds: float = 47.55) -> None:
+        super().__init__(model, schedule)
+        self.seconds = seconds
+
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
 
     def tokens(self, shape: tuple[int, ...]) -> int:
         return shape[1]
+
+    def latents(
+        self, size: tuple[int, int] | None, frames: int, in_space: int, in_time: int
+    ) -> tuple[tuple[int, ...], tuple[int, int]]:
+        return (self.channels, int(self.model.config.sample_size)), (0, 0)
+
+    def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        """Sounds that fill the model's whole length."""
+        device, B = pipeline.device, len(texts)
+        text = pipeline.encode_prompt(texts, device, False)
+        start, end = pipeline.encode_duration([0.0] * B, [self.seconds] * B, device, False, B)
+        return {"text": torch.cat([text, start, end], 1), "pooled": torch.cat([start, end], 2)}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         from diffusers.models.embeddings import get_1d_rotary_pos_embed
@@ -42,6 +61,7 @@ class StableAudio(Stock):
         )[0]
 
 
-def stable_audio(path: str) -> StableAudio:
-    """From a pipeline folder or hub id."""
-    return StableAudio(*load(path, StableAudio))
+def stable_audio(path: str, seconds: float = 47.55) -> StableAudio:
+    """From a pipeline folder or hub id. seconds: of sound in the model's whole length."""
+    model, schedule = load(path, StableAudio)
+    return StableAudio(model, schedule, seconds)

@@ -39,6 +39,23 @@ class StableDiffusion(Stock):
     def channels(self) -> int:
         return int(self.model.config.out_channels)  # inpainting reads more
 
+    def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        found = pipeline.encode_prompt(
+            texts, device=pipeline.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"text": found[0]} if len(found) == 2 else {"text": found[0], "pooled": found[2]}
+
+    def no_words(self, pipeline: Any, negative: str | None) -> dict[str, Tensor]:
+        found = super().no_words(pipeline, negative)
+        if negative is None and pipeline.config.get("force_zeros_for_empty_prompt"):  # XL was trained so
+            return {key: value.zero_() for key, value in found.items()}
+        return found
+
+    def sized(self, height: int, width: int) -> dict[str, Tensor]:
+        if self.model.config.addition_embed_type != "text_time":
+            return {}
+        return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         config = self.model.config
         inputs: dict[str, Any] = {"encoder_hidden_states": self.given(cond, "text").to(x.dtype)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,14 @@ from diffdistill.networks.scheduled import Schedule
 from diffdistill.process import Kind, NoiseProcess, RectifiedFlow
 
 DIMS = {2: "[channels, length]", 3: "[channels, height, width]", 4: "[channels, frames, height, width]"}
+
+
+def as_called(pipeline: Any) -> dict[str, Any]:
+    """Defaults of a pipeline's call that its encode_prompt does not share: how many tokens, which instruction."""
+    call = inspect.signature(type(pipeline).__call__).parameters
+    encode = inspect.signature(pipeline.encode_prompt).parameters
+    names = ("max_sequence_length", "complex_human_instruction")
+    return {name: call[name].default for name in names if name in call and name in encode}
 
 
 class Stock(nn.Module, ABC):
@@ -66,6 +75,27 @@ class Stock(nn.Module, ABC):
         height, width = shape[-2:]
         return (height // patch) * (width // patch)
 
+    def latents(
+        self, size: tuple[int, int] | None, frames: int, in_space: int, in_time: int
+    ) -> tuple[tuple[int, ...], tuple[int, int]]:
+        """Shape of a sample that shows `size` (height, width; None is the model's own) in pixels, and those pixels.
+
+        in_space, in_time: pixels and frames per latent of the pipeline's VAE; the first frame has a latent of its own.
+        """
+        if size is None:
+            own = self.model.config.get("sample_size")
+            if own is None:
+                raise UserError("data.size", "must be given for this model", None, "Write [480, 832], say.")
+            size = (in_space * own, in_space * own) if isinstance(own, int) else tuple(in_space * side for side in own)
+        if size[0] % in_space or size[1] % in_space:
+            raise UserError("data.size", f"must be multiples of {in_space}, a latent's pixels", list(size), "Mend it.")
+        sides = size[0] // in_space, size[1] // in_space
+        if self.dims == 3:
+            return (self.channels, *sides), size
+        if (frames - 1) % in_time:
+            raise UserError("data.frames", f"must be 1 more than a multiple of {in_time}", frames, "81, say.")
+        return (self.channels, 1 + (frames - 1) // in_time, *sides), size
+
     def scale(self, t: Tensor) -> Tensor:
         return self.schedule.scale(t)
 
@@ -88,6 +118,21 @@ class Stock(nn.Module, ABC):
             fix = f"{self.model_class} needs {', '.join(self.needs)}."
             raise UserError("data", f"must give the condition {name}", found, fix)
         return cond[name]
+
+    def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        """Conditions [B, ...] of prompts, as the pipeline's own encoders embed them."""
+        found = pipeline.encode_prompt(
+            texts, device=pipeline.device, do_classifier_free_guidance=False, **as_called(pipeline)
+        )
+        return dict(zip(self.needs, found, strict=False))
+
+    def no_words(self, pipeline: Any, negative: str | None) -> dict[str, Tensor]:
+        """Conditions [1, ...] of the absence of a prompt, or of a negative one."""
+        return self.words(pipeline, [negative or ""])
+
+    def sized(self, height: int, width: int) -> dict[str, Tensor]:
+        """Conditions [1, ...] that tell the size in pixels, of models that are told."""
+        return {}
 
     @abstractmethod
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:

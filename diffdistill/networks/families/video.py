@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.networks.families.folder import load
-from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.families.stock import Stock, as_called
 from diffdistill.networks.scheduled import Schedule
 
 
@@ -132,6 +132,10 @@ class HunyuanVideo(Stock):
     def __init__(self, model: Any, schedule: Schedule, guidance: float = 6.0) -> None:
         super().__init__(model, schedule)
         self.guidance = guidance
+
+    def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
+        text, pooled, mask = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))
+        return {"text": text, "pooled": pooled, "mask": mask}
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
