@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from diffdistill import export_video
+from diffdistill import export_stock, export_video
 from diffdistill.adapter_file import attach
 from diffdistill.denoiser import SignalMap
 from diffdistill.errors import UserError
@@ -23,6 +23,7 @@ from diffdistill.export_cards import MLP_DESCRIPTION, model_readme, pipeline_rea
 from diffdistill.export_check import TOLERANCE, check_close, made_alone, same_draws
 from diffdistill.generator import Generator, constant_inputs, fresh_from_t_min
 from diffdistill.networks.diffusers import UNet2D
+from diffdistill.networks.families.stock import Stock
 from diffdistill.networks.inputs import EmbeddingWithInputs, fold_inputs
 from diffdistill.networks.mlp import Mlp
 from diffdistill.networks.wan import Wan
@@ -48,6 +49,8 @@ def refusal(recipe: Recipe, sampler: Sampler | None = None) -> UserError | None:
         return None
     if isinstance(network, Wan):
         return export_video.refusal(recipe, generator)
+    if isinstance(network, Stock):
+        return export_stock.refusal(recipe, generator)
     if recipe.networks.modes.get("student") == "adapter":
         fix = "format=adapter writes them as a file for any checkpoint of the base."
         return UserError("format", "pipeline needs a student without adapters of its own", "adapter", fix)
@@ -151,7 +154,10 @@ def write(
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as aside:
         folder = Path(aside) / out.name
         generator = recipe.distiller.generator if sampler is None else sampler
-        if isinstance(recipe.networks["student"].network, Wan):
+        network = recipe.networks["student"].network
+        if isinstance(network, Stock) and isinstance(generator, Generator):
+            export_stock.write(standalone(recipe, generator), recipe, generator, folder, settings, summary)
+        elif isinstance(network, Wan):
             export_video.write(standalone(recipe, generator), recipe, generator, folder, settings, summary)
         elif isinstance(generator, Generator):
             _write_pipeline(recipe, generator, folder, settings, summary)

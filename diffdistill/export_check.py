@@ -31,22 +31,22 @@ sys.modules["diffdistill"] = None
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-folder, out, inputs = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+folder, out, inputs, kind = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
 torch.set_num_threads(1)
 pipeline = DiffusionPipeline.from_pretrained(folder)
 pipeline.set_progress_bar_config(disable=True)
 call = json.load(open(folder + "/call.json"))["call"]
-made = pipeline(**inputs, **call, generator=torch.Generator().manual_seed(0), output_type="pt")
+made = pipeline(**inputs, **call, generator=torch.Generator().manual_seed(0), output_type=kind)
 images = made.images if hasattr(made, "images") else made.frames
 save_file({"images": torch.as_tensor(images).contiguous()}, out)
 """
 
 
-def made_alone(folder: Path, inputs: Mapping[str, Any]) -> Tensor:
-    """What the folder's pipeline makes of `inputs` in a process without this package."""
+def made_alone(folder: Path, inputs: Mapping[str, Any], kind: str = "pt") -> Tensor:
+    """What the folder's pipeline makes of `inputs` in a process without this package, with output_type=kind."""
     with tempfile.TemporaryDirectory() as aside:
         result = Path(aside) / "images.safetensors"
-        command = [sys.executable, "-I", "-c", _CHILD, str(folder), str(result), json.dumps(inputs)]
+        command = [sys.executable, "-I", "-c", _CHILD, str(folder), str(result), json.dumps(inputs), kind]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]

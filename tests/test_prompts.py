@@ -12,9 +12,11 @@ import pytest
 import torch
 from tiny_pipelines import written
 
+from diffdistill import export_stock
 from diffdistill.config import compose
 from diffdistill.denoiser import Denoiser, Guidance
 from diffdistill.errors import UserError
+from diffdistill.export import write
 from diffdistill.networks.families.words import factors_of
 from diffdistill.networks.files import quiet_diffusers
 from diffdistill.prompts import Prompts, ToldPrompts, read_prompts
@@ -39,8 +41,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def settings(name: str, folder: Path, file: Path, *words: str) -> Any:
-    return compose("train", ["data=prompts", f"data.path={file}", f"networks={name}", f"networks.path={folder}",
-                             "experiment=none", "evaluation=none", "run_dir=none", "precision=fp32", *words])  # fmt: skip
+    base = ["data=prompts", f"data.path={file}", f"networks={name}", f"networks.path={folder}", "experiment=none"]
+    return compose("train", [*base, "evaluation=none", "run_dir=none", "precision=fp32", *words])
 
 
 def test_files(tmp_path: Path, file: Path) -> None:
@@ -102,6 +104,31 @@ def test_a_data_free_method_trains_on_prompts(folders: dict[str, Path], file: Pa
         phase.loss(batch, Rng(0, 0, phase.name, range(4))).total.backward()
     # at the start the fake score is the teacher, and the student's gradient is 0
     assert any(w.grad is not None and w.grad.any() for w in recipe.networks.weights("fake_score"))
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux", pytest.param("pixart", marks=pytest.mark.slow)])
+def test_a_student_becomes_its_teacher_s_pipeline(
+    name: str, folders: dict[str, Path], file: Path, tmp_path: Path
+) -> None:
+    """Verified by `write` itself: a fresh process without this package gives the same latents."""
+    words = ["distiller=dmd", "distiller.regression_weight=0", "roles.student=lora", "data.size=[16,16]"]
+    chosen = settings(name, folders[name], file, *words)
+    recipe = assemble(chosen)
+    with torch.no_grad():
+        for weight in recipe.networks.weights("student"):
+            weight.add_(0.05 * torch.randn_like(weight))
+    folder = write(recipe, tmp_path / "pipeline", {**chosen, "command": "test"}, {})
+    contract = json.loads((folder / "call.json").read_text())
+    assert contract["nfe"] == 1 and contract["call"]["num_inference_steps"] == 1
+    assert "base_model" in (folder / "README.md").read_text()
+    with quiet_diffusers():
+        stock = diffusers.DiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    assert stock(TEXTS[0], **contract["call"], output_type="np").images.shape == (1, 16, 16, 3)
+    with torch.no_grad():  # a student that is not what was written is seen
+        recipe.networks.weights("student")[0].add_(0.5)
+    with pytest.raises(UserError, match="must equal the run's own samples"):
+        export_stock.verify(folder, recipe.networks["student"].network, recipe, recipe.distiller.generator)
 
 
 def test_mistakes_are_told(folders: dict[str, Path], file: Path) -> None:

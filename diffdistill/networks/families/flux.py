@@ -21,6 +21,7 @@ class Flux(Stock):
     model_class = "FluxTransformer2DModel"
     needs = ("text", "pooled")
     embedding = "time_text_embed.timestep_embedder"
+    exported = True
 
     def __init__(self, model: Any, schedule: Schedule, guidance: float = 3.5) -> None:
         super().__init__(model, schedule)
@@ -39,6 +40,12 @@ class Flux(Stock):
 
     def time(self, t: Tensor) -> Tensor:
         return t  # the model multiplies by 1000 itself
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance}  # fed to the model
+
+    def own_layout(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return unpack(latents, *shape[-2:])
 
     def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         text, pooled, _ = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))

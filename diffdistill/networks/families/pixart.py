@@ -19,6 +19,7 @@ class PixArt(Stock):
     model_class = "PixArtTransformer2DModel"
     needs = ("text", "mask")
     embedding = "adaln_single.emb.timestep_embedder"
+    exported = True
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -26,6 +27,9 @@ class PixArt(Stock):
 
     def sized(self, height: int, width: int) -> dict[str, Tensor]:
         return {"size": torch.tensor([[height, width]]).float()} if self.model.use_additional_conditions else {}
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}

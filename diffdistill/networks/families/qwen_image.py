@@ -20,6 +20,7 @@ class QwenImage(Stock):
     model_class = "QwenImageTransformer2DModel"
     needs = ("text", "mask")
     embedding = "time_text_embed.timestep_embedder"
+    exported = True
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -34,6 +35,12 @@ class QwenImage(Stock):
 
     def time(self, t: Tensor) -> Tensor:
         return t  # the model multiplies by 1000 itself
+
+    def unguided(self) -> dict[str, Any]:
+        return {"true_cfg_scale": 1.0}
+
+    def own_layout(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return unpack(latents, *shape[-2:])
 
     def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         text, mask = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))

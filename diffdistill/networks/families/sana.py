@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ class Sana(Stock):
     model_class = "SanaTransformer2DModel"
     needs = ("text", "mask")
     embedding = "time_embed.emb.timestep_embedder"
+    exported = True
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -24,6 +26,9 @@ class Sana(Stock):
 
     def time(self, t: Tensor) -> Tensor:
         return self.model.config.timestep_scale * super().time(t)
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         return self.model(

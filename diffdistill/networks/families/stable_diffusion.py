@@ -26,6 +26,7 @@ class StableDiffusion(Stock):
     part = "unet"
     model_class = "UNet2DConditionModel"
     embedding = "time_embedding"
+    exported = True
 
     def __init__(self, model: Any, schedule: Schedule, guidance: float = 1.0) -> None:
         super().__init__(model, schedule)

@@ -41,6 +41,8 @@ class Stock(nn.Module, ABC):
     needs: ClassVar[tuple[str, ...]] = ("text",)
     embedding: ClassVar[str | None]  # the module that embeds time; None where there is one per block
 
+    exported: ClassVar[bool] = False  # whether its pipeline can be told a student's grid and draws this layout's noise
+
     def __init__(self, model: Any, schedule: Schedule) -> None:
         super().__init__()
         self.model = model
@@ -133,6 +135,14 @@ class Stock(nn.Module, ABC):
     def sized(self, height: int, width: int) -> dict[str, Tensor]:
         """Conditions [1, ...] that tell the size in pixels, of models that are told."""
         return {}
+
+    def unguided(self) -> dict[str, Any]:
+        """Keywords that switch the guidance of its pipeline's call off."""
+        return {"guidance_scale": 1.0}
+
+    def own_layout(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Latents as its pipeline returns them, as samples [B, *shape]."""
+        return latents
 
     @abstractmethod
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:

@@ -20,6 +20,7 @@ class WanVideo(Stock):
     model_class = "WanTransformer3DModel"
     dims = 4
     embedding = "condition_embedder.time_embedder"
+    exported = True
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -93,14 +94,22 @@ class LTXVideo(Stock):
     dims = 4
     needs = ("text", "mask")
     embedding = "time_embed.emb.timestep_embedder"
+    exported = True
 
     def __init__(self, model: Any, schedule: Schedule, rate: float, in_time: int, in_space: int) -> None:
         super().__init__(model, schedule)
+        self.rate = rate
         self.spread = (in_time / rate, in_space, in_space)  # of a latent, in seconds and pixels
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": 1.0, "frame_rate": self.rate}
+
+    def own_layout(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return latents.transpose(1, 2).reshape(-1, *shape)
 
     def tokens(self, shape: tuple[int, ...]) -> int:
         return shape[1] * shape[2] * shape[3]
@@ -128,6 +137,7 @@ class HunyuanVideo(Stock):
     dims = 4
     needs = ("text", "mask", "pooled")
     embedding = "time_text_embed.timestep_embedder"
+    exported = True
 
     def __init__(self, model: Any, schedule: Schedule, guidance: float = 6.0) -> None:
         super().__init__(model, schedule)
@@ -140,6 +150,9 @@ class HunyuanVideo(Stock):
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
+
+    def unguided(self) -> dict[str, Any]:
+        return {"guidance_scale": self.guidance}  # fed to the model
 
     def tokens(self, shape: tuple[int, ...]) -> int:
         p = self.model.config.patch_size
