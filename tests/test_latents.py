@@ -1,0 +1,66 @@
+"""Latents in shards: read as written, in epochs, mistakes named."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffdistill.errors import UserError
+from diffdistill.latents import Latents, write
+from diffdistill.rng import Rng
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    x = torch.arange(10.0).view(10, 1, 1, 1).expand(-1, 4, 2, 2)
+    cond = {"text": torch.arange(10.0).view(10, 1, 1).expand(-1, 3, 5), "label": torch.arange(10) % 3}
+    write(tmp_path / "set", x, cond, {"text": torch.zeros(1, 3, 5)}, "somewhere", per_shard=4)
+    return tmp_path / "set"
+
+
+def test_an_epoch_holds_every_sample_with_its_conditions(folder: Path) -> None:
+    data = Latents(str(folder), num_classes=3)
+    assert data.shape == (4, 2, 2) and len(list(folder.glob("*.tar"))) == 3
+    seen = []
+    for step in range(2):
+        batch = data.batch(Rng(0, step, "data", range(5)), 5, frozenset({"x0"}), torch.float32)
+        assert batch.x0 is not None and batch.shape == (5, 4, 2, 2)
+        values = batch.x0[:, 0, 0, 0]
+        assert torch.equal(batch.cond["text"][:, 0, 0], values) and torch.equal(batch.cond["label"], values.long() % 3)
+        seen += values.tolist()
+    assert sorted(seen) == list(range(10))
+    assert data.null is not None and data.null["text"].shape == (1, 3, 5)
+    drawn = data.batch(Rng(0, 0, "data", range(5)), 5, frozenset(), torch.float32)
+    assert drawn.x0 is None and drawn.cond["text"].shape == (5, 3, 5)
+
+
+def test_webdataset_reads_the_shards_too(folder: Path) -> None:
+    """Members are what webdataset takes for samples: one key, one extension."""
+    with tarfile.open(folder / "000000.tar") as archive:
+        assert archive.getnames() == [f"{i:09d}.safetensors" for i in range(4)]
+
+
+def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be a folder with tar shards"):
+        Latents(str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="evaluation must be none for latents"):
+        Latents(str(folder)).reference()
+    write(tmp_path / "plain", torch.zeros(2, 4, 2, 2), {}, None, "somewhere")
+    assert Latents(str(tmp_path / "plain")).null is None
+    with pytest.raises(UserError, match=r"data.num_classes needs samples with a label"):
+        Latents(str(tmp_path / "plain"), num_classes=3)
+    shard = folder / "000001.tar"
+    body = bytearray(shard.read_bytes())
+    body[512:600] = b"\xff" * 88  # the header of its first sample
+    shard.write_bytes(bytes(body))
+    data = Latents(str(folder))
+    with pytest.raises(UserError, match=r"samples that can be read.*000001.tar:000000004.safetensors"):
+        data.batch(Rng(0, 0, "data", range(10)), 10, frozenset({"x0"}), torch.float32)
+    (folder / "000000.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match=r"tar shards that can be read.*000000.tar"):
+        Latents(str(folder))
+    assert json.loads((folder / "latents.json").read_text()) == {"schema": 1, "pipeline": "somewhere"}
