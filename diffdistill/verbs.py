@@ -20,6 +20,7 @@ from diffdistill.export import write as write_pipeline
 from diffdistill.networks.roles import Networks
 from diffdistill.pictures import draw_picture, where
 from diffdistill.pipelines import PipelineSampler, with_steps
+from diffdistill.prompts import Prompts
 from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.saved_run import Choice, load_merged, load_run
 from diffdistill.solvers import Sampler
@@ -146,7 +147,10 @@ def _source(
         raise UserError("checkpoint", "is for a run", f"pipeline={pipeline}", "Leave it out: a pipeline has one.")
     if data is None:
         raise UserError("data", "must say what the pipeline generates", None, "Add data=digits, for example.")
-    return build(data), PipelineSampler.load(str(pipeline), steps), None
+    if isinstance(chosen := build(data), Prompts):
+        fix = "Call the pipeline in diffusers, or sample run=DIR."
+        raise UserError("data", "must be a data set of samples here", "prompts", fix)
+    return chosen, PipelineSampler.load(str(pipeline), steps), None
 
 
 def _new_file(key: str, path: str) -> Path:

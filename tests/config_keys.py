@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from tiny_families import TINY
 
 from diffdistill import config_files
 from diffdistill.cli import VERBS, function_of, main
@@ -17,7 +18,8 @@ from diffdistill.config_check import NODE_WORDS, is_node, locate
 from diffdistill.config_errors import first_line
 from diffdistill.config_types import arms, dot, item_hint, parameters
 
-# A valid value for each key that a shipped file leaves open (???); IMAGES stands for a folder of images.
+# A valid value for each key that a shipped file leaves open (???); IMAGES stands for a folder of images, beside which
+# lie tiny pipelines of every family, latents for each, and a file of prompts.
 MANDATORY = {"run": "FINISHED", "out": "exported", "data.path": "IMAGES", "networks.path": "asset:digits"}
 
 
@@ -51,7 +53,16 @@ def command_lines() -> Iterator[tuple[str, tuple[str, ...]]]:
     FINISHED stands for the folder of a finished run.
     """
     for verb, words in _choices():
-        yield verb, (*words, *(f"{key}={MANDATORY[key]}" for key in _open_keys(verb, words)))
+        yield verb, (*words, *(f"{key}={_given(key, words)}" for key in _open_keys(verb, words)))
+
+
+def _given(key: str, words: tuple[str, ...]) -> str:
+    family = next((name for name in TINY if f"networks={name}" in words), None)
+    if family is None or key not in ("data.path", "networks.path"):
+        return MANDATORY[key]
+    if key == "networks.path":
+        return f"IMAGES/../families/{family}"
+    return "IMAGES/../prompts.txt" if "data=prompts" in words else f"IMAGES/../latents/{family}"
 
 
 def _choices() -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -62,7 +73,7 @@ def _choices() -> Iterator[tuple[str, tuple[str, ...]]]:
     for group, options in groups.items():
         for option in options:
             yield "train", (*_beside(group, option, groups), f"{group}={option}")
-    for option in groups["data"]:
+    for option in sorted({*groups["data"]} - {"prompts", "latents"}):  # nobody sees those
         for verb in ("sample", "evaluate"):
             yield verb, ("pipeline=nowhere", f"data={option}")
 
@@ -71,8 +82,12 @@ def _beside(group: str, option: str, groups: Mapping[str, Sequence[str]]) -> tup
     """The choices without which an option of a group does not fit."""
     if group == "experiment":
         return ("data=gmm2d",) if option == "none" else ()
+    if option in ("prompts", "latents"):
+        return ("networks=sd15", "evaluation=none")
     if group == "data":
         return ("evaluation=none", *(["distiller=denoising"] if option == "gauss_exact" else []))
+    if group == "networks" and option in TINY:
+        return ("data=latents", "evaluation=none")
     if group == "networks":
         data = max((name for name in groups["data"] if option.startswith(name)), key=len, default="digits")
         return (f"data={data}", "evaluation=none")

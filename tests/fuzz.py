@@ -111,7 +111,7 @@ class Generator:
                 r.choice([*GARBAGE, "trian", "bench", "--version", "help", "--help"]) for _ in range(r.randint(0, 2))
             ]
         verb = r.choices(list(VERBS), list(VERBS.values()))[0]
-        context = r.choice([words for words in _contexts(verb) if "data.path=IMAGES" not in words])
+        context = r.choice([words for words in _contexts(verb) if not any("IMAGES" in word for word in words)])
         words = [*BASE[verb], *(word for word in context if verb == "train" or word.startswith("data="))]
         extra = [word for _ in range(r.randint(0, 4)) for word in self._mutation(verb, context)]
         if r.random() < 0.3:

@@ -10,6 +10,7 @@ import pytest
 from config_keys import Key, command_lines, files_of, keys, run
 from fuzz import fuzz
 from PIL import Image
+from tiny_families import write_families
 
 from diffdistill import config_files
 from diffdistill.cli import VERBS
@@ -170,6 +171,17 @@ RANGES: dict[str, tuple[str, ...]] = {
     # video
     "frames": COUNT,
     "stride": ("0", "5"),
+    "zoom": COUNT,
+    # families
+    "stable_diffusion.guidance": POSITIVE,
+    "flux.guidance": POSITIVE,
+    "hunyuan_video.guidance": POSITIVE,
+    "rate": POSITIVE,
+    "in_time": COUNT,
+    "in_space": COUNT,
+    "stable_audio.seconds": POSITIVE,
+    "Prompts.size": ("[0,8]", "[-8,8]", "[8]", "[]", "[7,8]"),
+    "column": ("nowhere",),
     "lowest": SHARE,
     "margin": SHARE,
     "patch_size": ("[0,4,4]", "[1,4]"),
@@ -201,6 +213,7 @@ ANY_VALUE = {
     "name": "text for figures and cards",
     "description": "text for model cards",
     "licence": "text for model cards",
+    "negative": "any text",
     "guidance.scale": "every finite w has a meaning: 0 is unconditional, below 0 leads away from the condition",
     "mean": "every finite mean of a log-normal law",
     "has_null": "the shipped teacher has classes: both are legal",
@@ -276,11 +289,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of three images, 32x32."""
-    folder = tmp_path_factory.mktemp("images")
+    """Two classes of three images, 32x32; beside them what networks of the families are built from."""
+    folder = tmp_path_factory.mktemp("files") / "images"
+    write_families(folder.parent)
     for number in range(6):
         path = folder / f"class{number % 2}" / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(exist_ok=True, parents=True)
         Image.new("RGB", (32, 32), (40 * number, 0, 0)).save(path)
     return folder
 

@@ -273,6 +273,7 @@ def test_completion_offers_verbs_then_keys(line, words, monkeypatch, capsys):
 
 # Options that cannot go without a key of the user.
 GIVEN = {name: ["data.path=images"] for name in ("data=image_folder", "experiment=image_folder_teacher")}
+GIVEN |= {f"data={name}": ["data.path=x", "networks=sd15", "networks.path=x"] for name in ("prompts", "latents")}
 CHOICES = [
     f"{group}={option}"
     for group in ("experiment", "data", "distiller", "evaluation", "tracker", "trainer")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
+from diffdistill.latents import write
 from diffdistill.networks.families.dit import DiT
 from diffdistill.networks.families.flux import Flux
 from diffdistill.networks.families.pixart import PixArt
@@ -70,6 +73,24 @@ class Tiny:
             else:
                 found[name] = torch.randn(num, *sizes, generator=source)
         return found
+
+
+def write_families(folder: Path) -> None:
+    """Under `folder`: families/NAME, pipelines without encoders, except Stable Diffusion's; latents/NAME for each; and
+    prompts.txt."""
+    from tiny_pipelines import written
+
+    for name, tiny in TINY.items():
+        place = folder / "families" / name
+        if name == "sd15":
+            written(name, place)
+        else:
+            tiny.model().save_pretrained(place / tiny.build.part)
+            (place / "scheduler").mkdir()
+            (place / "scheduler" / "scheduler_config.json").write_text(json.dumps(dict(tiny.scheduler_config)))
+            (place / "model_index.json").write_text("{}")
+        write(folder / "latents" / name, torch.zeros(2, *tiny.shape), tiny.conditions(2), tiny.conditions(1), "nowhere")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
 
 
 def _flow(**keywords: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.errors import require_positive
 from diffdistill.networks.families.folder import load
 from diffdistill.networks.families.packing import pack, unpack
 from diffdistill.networks.families.stock import Stock, as_called
@@ -25,6 +26,7 @@ class Flux(Stock):
 
     def __init__(self, model: Any, schedule: Schedule, guidance: float = 3.5) -> None:
         super().__init__(model, schedule)
+        require_positive(guidance=guidance)
         self.guidance = guidance
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.errors import require_positive
 from diffdistill.networks.families.folder import load
 from diffdistill.networks.families.stock import Stock
 from diffdistill.networks.scheduled import Schedule
@@ -24,6 +25,7 @@ class StableAudio(Stock):
 
     def __init__(self, model: Any, schedule: Schedule, seconds: float = 47.55) -> None:
         super().__init__(model, schedule)
+        require_positive(seconds=seconds)
         self.seconds = seconds
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.errors import require_positive
 from diffdistill.networks.families.folder import load
 from diffdistill.networks.families.stock import Stock
 from diffdistill.networks.scheduled import Schedule
@@ -30,6 +31,7 @@ class StableDiffusion(Stock):
 
     def __init__(self, model: Any, schedule: Schedule, guidance: float = 1.0) -> None:
         super().__init__(model, schedule)
+        require_positive(guidance=guidance)
         self.guidance = guidance
 
     @property

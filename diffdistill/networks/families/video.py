@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.errors import require_at_least, require_positive
 from diffdistill.networks.families.folder import load
 from diffdistill.networks.families.stock import Stock, as_called
 from diffdistill.networks.scheduled import Schedule
@@ -98,6 +99,8 @@ class LTXVideo(Stock):
 
     def __init__(self, model: Any, schedule: Schedule, rate: float, in_time: int, in_space: int) -> None:
         super().__init__(model, schedule)
+        require_positive(rate=rate)
+        require_at_least(1, in_time=in_time, in_space=in_space)
         self.rate = rate
         self.spread = (in_time / rate, in_space, in_space)  # of a latent, in seconds and pixels
 
@@ -141,6 +144,7 @@ class HunyuanVideo(Stock):
 
     def __init__(self, model: Any, schedule: Schedule, guidance: float = 6.0) -> None:
         super().__init__(model, schedule)
+        require_positive(guidance=guidance)
         self.guidance = guidance
 
     def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
