@@ -38,6 +38,9 @@ def read_prompts(path: str, column: str | None) -> list[str]:
         found = [row[_column(row, column, f"{path}:{i + 1}")] for i, row in enumerate(_json_lines(file))]
     elif file.is_dir() or file.suffix in (".csv", ".parquet"):
         found = _table(file, column)
+    elif column is not None:
+        fix = "There a line is a prompt."
+        raise UserError("data.column", "must be null for a text file", repr(column), fix)
     else:
         try:
             found = file.read_text(encoding="utf-8").splitlines()

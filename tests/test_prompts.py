@@ -47,6 +47,8 @@ def settings(name: str, folder: Path, file: Path, *words: str) -> Any:
 
 def test_files(tmp_path: Path, file: Path) -> None:
     assert read_prompts(str(file), None) == TEXTS
+    with pytest.raises(UserError, match="data.column must be null for a text file"):
+        read_prompts(str(file), "prompt")
     lines = tmp_path / "a.jsonl"
     lines.write_text('{"caption": "one", "other": "two"}\n\n{"caption": "three", "other": ""}\n')
     assert read_prompts(str(lines), None) == ["one", "three"] and read_prompts(str(lines), "other") == ["two"]

@@ -52,7 +52,7 @@ def vae() -> Any:
     with seeded(3):
         return diffusers.AutoencoderKL(
             block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
-            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, shift_factor=0.1,
         ).eval()  # fmt: skip
 
 
