@@ -10,7 +10,7 @@ PIP_FLAGS ?=
 export ARGS PIP_FLAGS PYTHON310 PYTHON312 PYTHON313 ALLOW_MISSING
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure leaderboard regression test test-slow chaos fuzz fuzz-kernel versions lint assets clean
+.PHONY: help install quickstart figure leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions lint assets clean
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
@@ -19,6 +19,7 @@ help:
 	@echo "make regression   ten methods that regress on targets, 600 CPU seconds each: runs/regression"
 	@echo "                  then make leaderboard-page or regression-page: docs/NAME.md, .csv and .png"
 	@echo "make test         the tests; make test-slow: the long ones"
+	@echo "make matrix       every method on every family of diffusers, tiny and random"
 	@echo "make chaos        a hundred SIGKILLs at one run, half of them inside saves; make fuzz: 10,200 random command lines"
 	@echo "make fuzz-kernel  random calls of the attention library under AddressSanitizer, for a minute"
 	@echo "make versions     the tests on the oldest libraries, Python 3.12 and 3.13; one: version-oldest"
@@ -66,6 +67,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+
+matrix: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" tests/test_matrix.py $(ARGS)
 
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills 100 $(ARGS)
