@@ -164,11 +164,13 @@ class Denoiser:
                 "layers", f"must be indices of the network's {len(blocks)} blocks", list(layers), "Choose among them."
             )
 
+        hidden = getattr(self.network, "hidden", first_tensor)  # where text and picture have a stream each
+
         def keep(layer: int) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 call = current_call()
                 if call is not None and call.role == self.role:
-                    found[layer].append(first_tensor(output))
+                    found[layer].append(hidden(output))
                     if stop and layer == max(layers):
                         raise _EarlyStop
 
@@ -228,6 +230,7 @@ class _Changed:
     """A network seen in another process: state and time are matched, then the network runs as it is."""
 
     def __init__(self, network: Network, process: NoiseProcess) -> None:
+        self.hidden = getattr(network, "hidden", first_tensor)
         self.network, self.process = network, process
         self.kind: Kind = _ChangedKind(network.kind, network.process)
 

@@ -25,7 +25,7 @@ from diffdistill.data import PROCEDURAL, Source
 from diffdistill.distillers.base import Batch
 from diffdistill.networks.roles import Networks
 from diffdistill.networks.scheduled import schedule_of
-from diffdistill.process import RectifiedFlow
+from diffdistill.process import VP, RectifiedFlow
 from diffdistill.recipe import Recipe, assemble_parts
 from diffdistill.rng import Rng
 from diffdistill.trainer import Trainer
@@ -76,7 +76,8 @@ def settings_of(distiller: str, family: str) -> Any:
     words = [f"distiller={distiller}", f"networks={name}", "networks.path=none", "data=gmm2d", "experiment=none",
              "evaluation=none", "run_dir=none", "sampler.num_steps=2", "trainer.steps=2", "precision=fp32",
              f"trainer.batch_size={BATCH}", "lora.rank=2", *OWN.get(distiller, [])]  # fmt: skip
-    flow = isinstance(schedule_of(TINY[family].scheduler_config).process, RectifiedFlow)
+    process = schedule_of(TINY[family].scheduler_config).process
+    flow = isinstance(process, RectifiedFlow) or (isinstance(process, VP) and process.zero_terminal_snr)
     return compose("train", [*words, *(flow_laws(compose("train", words).distiller) if flow else ())])
 
 
@@ -86,7 +87,7 @@ UNIFORM = "{_target_: diffdistill.times.UniformTime, low: 0.02, high: 0.98}"
 
 
 def flow_laws(node: Any, path: str = "distiller") -> Iterator[str]:
-    """Overrides that replace EDM's laws of time, which no flow has: its noise-to-signal ratio is not bounded."""
+    """Overrides that replace EDM's laws of time, for processes that end without signal: their ratio is not bounded."""
     for key, value in node.items():
         if not hasattr(value, "items"):
             continue

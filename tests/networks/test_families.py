@@ -254,3 +254,20 @@ def test_the_length_of_prompts_is_used() -> None:
         with torch.no_grad():
             a, b = (network(x, network.time(t), {**cond, "text": text}) for text in (cond["text"], noisy))
         assert torch.allclose(a, b, atol=1e-5), name
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_features_are_the_picture_s(name: str) -> None:
+    """Blocks of two streams return both, in either order: heads read the picture's, not as long as the text."""
+    tiny = TINY[name]
+    network = tiny.network()
+    network.check(tiny.shape, tiny.cond.get("label", (0,))[0])
+    denoiser = Denoiser(network)
+    x, t = torch.randn(B, *tiny.shape), network.process.t_max / 2 * torch.ones(B)
+    with torch.no_grad():
+        found = denoiser.features(x, t, tiny.conditions(B), range(len(network.blocks)))
+    for feature in found:
+        assert feature.shape[0] == B and feature.shape[1] != LENGTH
+        with torch.no_grad():
+            other = denoiser.features(x + 1, t, tiny.conditions(B), [0])[0]
+        assert not torch.equal(other, found[0])

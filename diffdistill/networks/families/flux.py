@@ -29,6 +29,11 @@ class Flux(Stock):
         require_positive(guidance=guidance)
         self.guidance = guidance
 
+    @staticmethod
+    def hidden(output: Any) -> Tensor:
+        """A block's picture stream; text comes first."""
+        return output[1] if isinstance(output, tuple) else output
+
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]

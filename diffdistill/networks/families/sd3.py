@@ -20,6 +20,11 @@ class SD3(Stock):
     embedding = "time_text_embed.timestep_embedder"
     exported = True
 
+    @staticmethod
+    def hidden(output: Any) -> Tensor:
+        """A block's picture stream; text comes first."""
+        return output[1] if isinstance(output, tuple) else output
+
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
