@@ -5,8 +5,7 @@ Radford et al. 2021, arXiv:2103.00020. SwiftBrush v2 (Dao et al. 2024, arXiv:240
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -20,6 +19,7 @@ from torchvision.transforms import functional as pictures
 from diffdistill.config_types import short, show
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
+from diffdistill.networks.files import quiet_libraries
 
 # CLIP's published constants, for folders that say nothing
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -129,7 +129,7 @@ def _load(path: str) -> _Clip:
 
     fix = "Name a folder that holds a CLIP model and its tokenizer, or a hub id."
     try:
-        with _quiet():
+        with quiet_libraries():
             model, report = CLIPModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
             if not has(*_TOKENS):  # transformers would go on with a vocabulary of three words
                 raise OSError("it holds no tokenizer")
@@ -142,19 +142,3 @@ def _load(path: str) -> _Clip:
         raise UserError("path", f"must hold every weight: {missing[0]} is missing", show(path), fix)
     mean, std = (MEAN, STD) if processor is None else (processor.image_mean, processor.image_std)
     return _Clip(model.eval().requires_grad_(False), tokenizer, tuple(mean), tuple(std))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the context transformers draws no progress bars and prints no log: what is wrong is an exception."""
-    from transformers.utils import logging
-
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()

@@ -7,7 +7,6 @@ with the keywords of call.json equals `generator.sample` on the same noise, or n
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +26,7 @@ from diffdistill.networks.families.stock import Stock
 from diffdistill.networks.inputs import EmbeddingWithInputs, fold_inputs
 from diffdistill.networks.mlp import Mlp
 from diffdistill.networks.wan import Wan
-from diffdistill.pipelines import CALL, SCHEMA, hashes
+from diffdistill.pipelines import write_contract
 from diffdistill.solvers import Sampler
 
 __all__ = ["attach", "grid_indices", "refusal", "stock_unet", "verify", "write"]
@@ -213,14 +212,7 @@ def _write_pipeline(
     indices = grid_indices(generator.times, network.process.t_min)
     call: dict[str, Any] = {} if len(indices) == 1 else {"timesteps": indices[::-1]}
     (folder / "README.md").write_text(pipeline_readme(recipe, generator, call, settings, summary))
-    contract = {
-        "schema": SCHEMA,
-        "call": call,
-        "nfe": generator.nfe,
-        "times": list(generator.times),
-        "sha256": hashes(folder),
-    }
-    (folder / CALL).write_text(json.dumps(contract, indent=1) + "\n")
+    write_contract(folder, call, generator.nfe, generator.times)
 
 
 def _write_model(

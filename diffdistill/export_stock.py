@@ -7,7 +7,6 @@ DDIM, so a student of several steps has to re-noise that way.
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,9 +22,9 @@ from diffdistill.networks.attention import restore_attention
 from diffdistill.networks.families.folder import whole_folder
 from diffdistill.networks.families.stock import Stock
 from diffdistill.networks.families.words import factors_of
-from diffdistill.networks.files import quiet_diffusers
-from diffdistill.pipelines import CALL, SCHEMA, hashes
-from diffdistill.process import VP, RectifiedFlow
+from diffdistill.networks.files import quiet_libraries
+from diffdistill.pipelines import write_contract
+from diffdistill.process import EPS, VP, X0, RectifiedFlow, V
 from diffdistill.prompts import ToldPrompts
 from diffdistill.solvers import Sampler
 
@@ -39,7 +38,7 @@ TIME_TOLERANCE = 1e-5
 def refusal(recipe: Recipe, sampler: Sampler) -> UserError | None:
     """Why this sampler cannot become a folder of its teacher's pipeline class, or None."""
     network: Stock = recipe.networks["student"].network
-    if not network.exported:
+    if network.grid is None:
         fix = "Its run holds the weights; sample it with run=DIR."
         return UserError("export", "needs a pipeline whose call takes the student's grid", network.model_class, fix)
     if not isinstance(recipe.data, ToldPrompts):
@@ -58,40 +57,49 @@ def refusal(recipe: Recipe, sampler: Sampler) -> UserError | None:
     if sampler.prior_std is not None:
         fix = "The scheduler begins with the process's own noise."
         return UserError("prior_std", "must be null", sampler.prior_std, fix)
+    if network.reads_more:
+        found = "a model that also reads cond['concat']"
+        return UserError("export", "needs a model that a prompt is enough for", found, "Its run holds the weights.")
+    try:
+        scheduler_of(network, sampler.times)
+    except UserError as error:
+        return error
     return None
 
 
-def scheduler_of(network: Stock, times: tuple[float, ...], parameters: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def scheduler_of(network: Stock, times: tuple[float, ...]) -> tuple[Any, dict[str, Any]]:
     """The scheduler that calls the model at `times`, and the keywords of the pipeline's call that make it.
 
-    parameters: of the pipeline's call. Raises UserError where the pipeline cannot be told the times.
+    Raises UserError where the pipeline cannot be told the times.
     """
     from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
     call: dict[str, Any] = {"num_inference_steps": len(times)}
-    if isinstance(network.process, RectifiedFlow):
-        if "sigmas" in parameters:
-            return FlowMatchEulerDiscreteScheduler(), {**call, "sigmas": list(times)}
+    process = network.process
+    if isinstance(process, RectifiedFlow) and network.grid == "sigmas":
+        return FlowMatchEulerDiscreteScheduler(), {**call, "sigmas": list(times)}
+    if isinstance(process, RectifiedFlow) and network.grid == "":
         scheduler = wan_parts.scheduler(times)
         scheduler.set_timesteps(len(times))
         _check(times, scheduler.sigmas.tolist(), "a grid of FlowMatchEulerDiscreteScheduler")
         return scheduler, call
-    assert isinstance(network.process, VP)
-    process = network.process
-    kinds = {"_Eps": "epsilon", "_V": "v_prediction", "_X0": "sample"}
+    if not isinstance(process, VP) or process.zero_terminal_snr or process.snr_shift != 1 or network.grid is None:
+        fix = "Its run holds the weights."
+        raise UserError("export", "needs a noise process that stock schedulers step here", process, fix)
+    if not all(float(time).is_integer() for time in times) or network.grid != "timesteps":
+        raise UserError("distiller.times", "must be whole timesteps, which the pipeline is told", times, "Round them.")
     scheduler = EulerDiscreteScheduler(
         num_train_timesteps=process.num_steps,
         beta_start=process.beta_start,
         beta_end=process.beta_end,
         beta_schedule=process.schedule,
-        prediction_type=kinds[type(network.kind).__name__],
+        prediction_type=_KINDS[network.kind],
         timestep_spacing="trailing",
     )
-    scheduler.set_timesteps(len(times))
-    if "timesteps" in parameters and all(float(time).is_integer() for time in times):
-        return scheduler, {**call, "timesteps": [int(time) for time in times]}
-    _check(times, scheduler.timesteps.tolist(), "the trailing timesteps of EulerDiscreteScheduler")
-    return scheduler, call
+    return scheduler, {**call, "timesteps": [int(time) for time in times]}
+
+
+_KINDS = {EPS: "epsilon", V: "v_prediction", X0: "sample"}
 
 
 def _check(times: tuple[float, ...], legal: list[float], what: str) -> None:
@@ -113,24 +121,15 @@ def write(
 
     source = str(settings["networks"]["path"])
     restore_attention(network.model)
-    with quiet_diffusers():
+    with quiet_libraries():
         pipeline = DiffusionPipeline.from_pretrained(str(whole_folder(source, ("*",))), **{network.part: network.model})
-    parameters = inspect.signature(type(pipeline).__call__).parameters
-    scheduler, call = scheduler_of(network, generator.times, parameters)
+    scheduler, call = scheduler_of(network, generator.times)
     pipeline.register_modules(scheduler=scheduler)
-    with quiet_diffusers():
+    with quiet_libraries():
         pipeline.save_pretrained(folder)
     call |= {**network.unguided(), **_size(recipe, folder)}
-    call = {key: value for key, value in call.items() if key in parameters}
     (folder / "README.md").write_text(readme(recipe, generator, call, source, settings, summary))
-    contract = {
-        "schema": SCHEMA,
-        "call": call,
-        "nfe": generator.nfe,
-        "times": list(generator.times),
-        "sha256": hashes(folder),
-    }
-    (folder / CALL).write_text(json.dumps(contract, indent=1) + "\n")
+    write_contract(folder, call, generator.nfe, generator.times)
     verify(folder, network, recipe, generator)
 
 

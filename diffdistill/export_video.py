@@ -25,9 +25,9 @@ from diffdistill.export_check import check_close, made_alone, same_draws
 from diffdistill.generator import Generator, ddim
 from diffdistill.moving_digits import prompts
 from diffdistill.networks.attention import restore_attention, set_attention
-from diffdistill.networks.files import quiet_diffusers, resolve
+from diffdistill.networks.files import quiet_libraries, resolve
 from diffdistill.networks.wan import PROMPTS, Wan
-from diffdistill.pipelines import CALL, SCHEMA, hashes
+from diffdistill.pipelines import CALL, write_contract
 from diffdistill.solvers import Sampler
 
 if TYPE_CHECKING:
@@ -93,7 +93,6 @@ def write_parts(network: Wan, sampler: Sampler, folder: Path, settings: Mapping[
     were embedded with.
     """
     from diffusers import WanPipeline
-    from transformers.utils import logging
 
     times = sampler_times(sampler)
     transformer = plain(network).transformer
@@ -102,16 +101,10 @@ def write_parts(network: Wan, sampler: Sampler, folder: Path, settings: Mapping[
         pipeline = wan_parts.pipeline(transformer, times)
     else:
         scheduler = wan_parts.scheduler(times)
-        with quiet_diffusers():
+        with quiet_libraries():
             pipeline = WanPipeline.from_pretrained(str(resolve(path)), transformer=transformer, scheduler=scheduler)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with quiet_diffusers():
-            pipeline.save_pretrained(folder)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    with quiet_libraries():
+        pipeline.save_pretrained(folder)
     if path is None:
         wan_parts.write_prompts(folder)
     else:
@@ -133,7 +126,7 @@ def masked(settings: Mapping[str, Any], folder: Path) -> Any:
     """The written pipeline with the student's masks set again, as its card shows."""
     from diffusers import WanPipeline
 
-    with quiet_diffusers():
+    with quiet_libraries():
         pipeline = WanPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     set_attention(pipeline.transformer, build(settings["attention"]["student"]), roles=None)
@@ -220,16 +213,8 @@ def write(
     write_parts(network, sampler, folder, settings)
     call = call_of(recipe, sampler, folder)
     (folder / "README.md").write_text(video_readme(recipe, sampler, call, settings, summary))
-    contract = {
-        "schema": SCHEMA,
-        "call": call,
-        "nfe": sampler.nfe,
-        "times": list(sampler_times(sampler)),
-        "prompts": prompts(),
-        "attention": attention_of(settings),
-        "sha256": hashes(folder),
-    }
-    (folder / CALL).write_text(json.dumps(contract, indent=1) + "\n")
+    more = {"prompts": prompts(), "attention": attention_of(settings)}
+    write_contract(folder, call, sampler.nfe, sampler_times(sampler), **more)
     if isinstance(sampler, Generator):
         verify(folder, network, recipe, sampler, settings)
     write_card(folder, next((folder / "transformer").glob("*.safetensors")), settings, summary)

@@ -42,11 +42,13 @@ class Latents:
     path: str
     num_classes: int = 0
     name: str = field(default="latents", init=False)
+    latent: bool = field(default=True, init=False)  # nothing to look at as it is
     provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
 
     def __post_init__(self) -> None:
         if self.num_classes < 0:
             raise UserError("data.num_classes", "must be >= 0", self.num_classes, "0 is none.")
+        self._check_card()
         first = self._read(0)
         if LATENT not in first:
             found = sorted(first)
@@ -67,19 +69,23 @@ class Latents:
     def null(self) -> dict[str, Tensor] | None:
         """The condition of no prompt, batch 1, where the folder has one."""
         file = Path(self.path) / NULL
-        return load_file(file) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError("data.path", f"must hold a {NULL} that can be read", self.path, "Make it again.") from error
 
     def conditions(self, rng: Rng) -> dict[str, Tensor]:
         """Of samples drawn uniformly."""
-        index = rng.integers(len(self._members), (len(rng),)).tolist()
-        return self._stacked([self._read(i) for i in index], rng.device)[1]
+        return self._stacked(rng.integers(len(self._members), (len(rng),)).tolist(), rng.device)[1]
 
     def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
         shape = (len(rng), *self.shape)
         if "x0" not in needs:
             return Batch(self.conditions(rng), shape)
         chosen = epoch_indices(rng, global_batch, len(self._members)).tolist()
-        x0, cond = self._stacked([self._read(i) for i in chosen], rng.device)
+        x0, cond = self._stacked(chosen, rng.device)
         return Batch(cond, shape, x0.to(dtype))
 
     def reference(self) -> Reference:
@@ -92,7 +98,7 @@ class Latents:
 
     @cached_property
     def _members(self) -> list[tuple[Path, str, int, int]]:
-        """Shard, name, offset and bytes of each sample, in the order of names."""
+        """Shard, name, offset and bytes of each sample, shards in the order of their names."""
         folder = Path(self.path)
         shards = sorted(folder.glob("*.tar"))
         if not shards:
@@ -113,14 +119,34 @@ class Latents:
             fix = "Make this shard again."
             raise UserError("data.path", "must hold samples that can be read", f"{shard}:{name}", fix) from error
 
-    @staticmethod
-    def _stacked(samples: list[dict[str, Tensor]], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        cond = {
-            key.removeprefix(COND): torch.stack([one[key] for one in samples]).to(device)
-            for key in samples[0]
-            if key.startswith(COND)
-        }
-        return torch.stack([one[LATENT] for one in samples]).to(device), cond
+    def _stacked(self, chosen: list[int], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+        """Latents and conditions of samples, batch first; all have to be of the first sample's form."""
+        like, samples = self._form, [self._read(index) for index in chosen]
+        for index, sample in zip(chosen, samples, strict=True):
+            if {key: value.shape for key, value in sample.items() if key in like} != like:
+                shard, name, _, _ = self._members[index]
+                fix = "Keep other sizes in another folder."
+                raise UserError("data.path", "must hold samples of one form", f"{shard}:{name} of another", fix)
+        stacked = {key: torch.stack([sample[key] for sample in samples]).to(device) for key in like}
+        if self.num_classes and not bool((stacked[f"{COND}label"] < self.num_classes).all()):
+            found = int(stacked[f"{COND}label"].max())
+            raise UserError("data.num_classes", f"must be above every label, {found} among them", self.num_classes,
+                            "Raise it.")  # fmt: skip
+        return stacked.pop(LATENT), {key.removeprefix(COND): value for key, value in stacked.items()}
+
+    @cached_property
+    def _form(self) -> dict[str, torch.Size]:
+        return {key: value.shape for key, value in self._read(0).items() if key == LATENT or key.startswith(COND)}
+
+    def _check_card(self) -> None:
+        file = Path(self.path) / CARD
+        try:
+            schema = json.loads(file.read_text(encoding="utf-8"))["schema"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fix = "diffdistill.latents.write makes such folders."
+            raise UserError("data.path", f"must hold a {CARD} with a schema", repr(self.path), fix) from error
+        if schema != SCHEMA:
+            raise UserError("data.path", f"must have schema {SCHEMA} in {CARD}", schema, "Make it again.")
 
 
 def _members_of(shard: Path) -> Iterator[tuple[str, int, int]]:

@@ -23,12 +23,23 @@ def draw_picture(
     device, dtype = where(networks)
     labels = shown_classes(data, num)
     samples, _ = harness.draw(sampler, data, num, seed, 500, device, dtype, labels)
-    if len(data.shape) == 4:
+    if getattr(data, "latent", False):
+        samples = as_colours(samples)
+    if samples.ndim == 5:
         plots.film_strips(samples, path)
-    elif len(data.shape) == 3:
+    elif samples.ndim == 4:
         plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= MOST_CLASSES else 8)
     else:
         plots.scatter(samples, data.reference().data, path)
+
+
+def as_colours(latents: Tensor) -> Tensor:
+    """Latents [B, C, *sizes] to look at: their first three channels, or one, scaled so that three standard deviations
+    are black and white; of sound, [B, C, length], one grey picture of channels against time."""
+    if latents.ndim == 3:
+        latents = latents[:, None]
+    shown = latents[:, :3] if latents.shape[1] >= 3 else latents[:, :1]
+    return (shown - shown.mean()) / (3 * shown.std()).clamp(min=1e-6)
 
 
 def shown_classes(data: Data, num: int) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator
 from diffdistill.hashing import file_sha256
-from diffdistill.networks.files import quiet_diffusers
+from diffdistill.networks.files import quiet_libraries
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler, Sampler
 
@@ -60,7 +60,7 @@ class PipelineSampler:
         contract = _contract(path)
         _check_files(path, contract.get("sha256", {}))
         try:
-            with quiet_diffusers():
+            with quiet_libraries():
                 pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
             pipeline.set_progress_bar_config(disable=True)
             signature = inspect.signature(pipeline.__call__).parameters
@@ -114,6 +114,12 @@ def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file of a pipeline folder that decides about its samples, by relative path."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors") and path.name != CALL)
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def write_contract(folder: Path, call: Mapping[str, Any], nfe: int, times: Sequence[float], **more: Any) -> None:
+    """call.json of a folder that is otherwise whole: keywords of the call, what it costs, hashes of the files."""
+    contract = {"schema": SCHEMA, "call": call, "nfe": nfe, "times": list(times), **more, "sha256": hashes(folder)}
+    (folder / CALL).write_text(json.dumps(contract, indent=1) + "\n")
 
 
 def _contract(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.config_errors import first_line
 from diffdistill.data import Source
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError, require_at_least
@@ -35,26 +36,33 @@ def read_prompts(path: str, column: str | None) -> list[str]:
     if not file.exists():
         raise UserError("data.path", "must be a file of prompts", repr(path), "A text file has one per line.")
     if file.suffix in (".jsonl", ".json"):
-        found = [row[_column(row, column, f"{path}:{i + 1}")] for i, row in enumerate(_json_lines(file))]
+        found = [row[_column(row, column, f"{path}:{number}")] for number, row in _json_lines(file)]
     elif file.is_dir() or file.suffix in (".csv", ".parquet"):
         found = _table(file, column)
     elif column is not None:
         fix = "There a line is a prompt."
         raise UserError("data.column", "must be null for a text file", repr(column), fix)
     else:
-        try:
-            found = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError("data.path", "must be UTF-8 text", repr(path), str(error)) from error
-    prompts = [text.strip() for text in found if isinstance(text, str) and text.strip()]
+        found = _lines(file)
+    if other := next((item for item in found if not isinstance(item, str)), None):
+        raise UserError("data.path", "must hold texts", repr(other), "Name another data.column.")
+    prompts = [text.strip() for text in found if text.strip()]
     if not prompts:
         raise UserError("data.path", "must hold a prompt", repr(path), "Write one per line.")
     return prompts
 
 
-def _json_lines(file: Path) -> list[dict[str, Any]]:
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError("data.path", "must be UTF-8 text", repr(str(file)), str(error)) from error
+
+
+def _json_lines(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Line numbers and rows."""
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(file), 1):
         if not line.strip():
             continue
         try:
@@ -64,7 +72,7 @@ def _json_lines(file: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict):
             fix = 'Write {"prompt": "..."}.'
             raise UserError("data.path", "must hold a mapping on every line", f"{file}:{number}", fix)
-        rows.append(row)
+        rows.append((number, row))
     return rows
 
 
@@ -77,11 +85,13 @@ def _table(file: Path, column: str | None) -> list[Any]:
     try:
         if file.is_dir():
             table = datasets.load_from_disk(str(file))
-            table = next(iter(table.values())) if isinstance(table, dict) else table
         else:
             table = datasets.load_dataset(file.suffix[1:], data_files=str(file), split="train")
     except Exception as error:  # whatever a file may hold
-        raise UserError("data.path", "must be a table", str(file), str(error).splitlines()[0]) from error
+        raise UserError("data.path", "must be a table", str(file), first_line(error) or repr(error)) from error
+    if isinstance(table, dict):
+        fix = f"Give the folder of one: {', '.join(table)}."
+        raise UserError("data.path", "must be one split of a data set", str(file), fix)
     return list(table[_column(dict.fromkeys(table.column_names), column, str(file))])
 
 
@@ -147,6 +157,7 @@ class ToldPrompts:
     null: dict[str, Tensor]
     source: Source
     name: str = field(default="prompts", init=False)
+    latent: bool = field(default=True, init=False)  # nothing to look at as it is
     num_classes: int = field(default=0, init=False)
     provides: frozenset[str] = field(default=frozenset(), init=False)
 

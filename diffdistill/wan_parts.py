@@ -18,7 +18,7 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 
 from diffdistill.moving_digits import prompts
-from diffdistill.networks.files import quiet_diffusers, seeded
+from diffdistill.networks.files import quiet_libraries, seeded
 from diffdistill.networks.wan import PROMPTS
 
 TEXT_WIDTH = 32
@@ -130,7 +130,7 @@ def pipeline(transformer: Any, times: Sequence[float]) -> Any:
     from diffusers import WanPipeline
 
     words = tokenizer()
-    with quiet_diffusers():
+    with quiet_libraries():
         return WanPipeline(
             tokenizer=words,
             text_encoder=text_encoder(len(words)),

@@ -11,6 +11,7 @@ import torch
 
 from diffdistill.errors import UserError
 from diffdistill.latents import Latents, write
+from diffdistill.pictures import draw_picture
 from diffdistill.rng import Rng
 
 
@@ -38,6 +39,17 @@ def test_an_epoch_holds_every_sample_with_its_conditions(folder: Path) -> None:
     assert drawn.x0 is None and drawn.cond["text"].shape == (5, 3, 5)
 
 
+def whole(data: Latents) -> None:
+    data.batch(Rng(0, 0, "data", range(10)), 10, frozenset({"x0"}), torch.float32)
+
+
+def test_samples_of_another_form_are_named(folder: Path) -> None:
+    write(folder / "more", torch.zeros(1, 4, 3, 3), {"text": torch.zeros(1, 3, 5), "label": torch.zeros(1)}, None, "")
+    (folder / "more" / "000000.tar").rename(folder / "000003.tar")
+    with pytest.raises(UserError, match=r"samples of one form.*000003.tar:000000000.safetensors"):
+        Latents(str(folder)).batch(Rng(0, 0, "data", range(11)), 11, frozenset({"x0"}), torch.float32)
+
+
 def test_webdataset_reads_the_shards_too(folder: Path) -> None:
     """Members are what webdataset takes for samples: one key, one extension."""
     with tarfile.open(folder / "000000.tar") as archive:
@@ -45,8 +57,17 @@ def test_webdataset_reads_the_shards_too(folder: Path) -> None:
 
 
 def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="must be a folder with tar shards"):
+    with pytest.raises(UserError, match=r"latents.json with a schema"):
         Latents(str(tmp_path / "nowhere"))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "latents.json").write_text('{"schema": 0}')
+    with pytest.raises(UserError, match="must have schema 1"):
+        Latents(str(tmp_path / "old"))
+    (tmp_path / "old" / "latents.json").write_text('{"schema": 1}')
+    with pytest.raises(UserError, match="must be a folder with tar shards"):
+        Latents(str(tmp_path / "old"))
+    with pytest.raises(UserError, match="num_classes must be above every label, 2 among them"):
+        whole(Latents(str(folder), num_classes=2))
     with pytest.raises(UserError, match="evaluation must be none for latents"):
         Latents(str(folder)).reference()
     write(tmp_path / "plain", torch.zeros(2, 4, 2, 2), {}, None, "somewhere")
@@ -59,8 +80,22 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     shard.write_bytes(bytes(body))
     data = Latents(str(folder))
     with pytest.raises(UserError, match=r"samples that can be read.*000001.tar:000000004.safetensors"):
-        data.batch(Rng(0, 0, "data", range(10)), 10, frozenset({"x0"}), torch.float32)
+        whole(data)
     (folder / "000000.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match=r"tar shards that can be read.*000000.tar"):
         Latents(str(folder))
     assert json.loads((folder / "latents.json").read_text()) == {"schema": 1, "pipeline": "somewhere"}
+
+
+@pytest.mark.parametrize("shape", [(16, 4, 4), (4, 3, 4, 4), (1, 4, 4), (8, 20)])
+def test_latents_of_every_kind_have_a_picture(shape: tuple[int, ...], tmp_path: Path) -> None:
+    write(tmp_path / "set", torch.randn(2, *shape), {}, None, "somewhere")
+    draw_picture(Latents(str(tmp_path / "set")), Noise(), 2, 0, tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 0
+
+
+class Noise:
+    nfe = 1
+
+    def sample(self, z: torch.Tensor, cond: object, rng: Rng) -> torch.Tensor:
+        return z

@@ -361,3 +361,18 @@ def test_a_decreasing_grid_up_to_t_max_is_accepted():
 def test_an_empty_or_infinite_time_range_is_refused(ends):
     with pytest.raises(UserError, match="must satisfy 0 <= t_min < t_max"):
         EDM(*ends)
+
+
+def test_a_shifted_table_that_ends_without_signal_is_cogvideox_s() -> None:
+    from diffusers import CogVideoXDDIMScheduler
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012}
+    stock = CogVideoXDDIMScheduler(
+        **betas, beta_schedule="scaled_linear", snr_shift_scale=3.0, rescale_betas_zero_snr=True
+    )
+    process = VP(**betas, schedule="scaled_linear", snr_shift=3.0, zero_terminal_snr=True)
+    t = torch.tensor([0.0, 1.0, 250.0, 700.0, 998.0, 999.0], dtype=torch.float64)
+    alpha, sigma = process.alpha_sigma(t)
+    assert torch.allclose(alpha.square(), stock.alphas_cumprod[t.long()].double(), atol=1e-6)
+    assert torch.allclose(alpha.square() + sigma.square(), torch.ones_like(t)) and float(alpha[-1]) < 1e-12
+    assert torch.allclose(process.time_at(process.angle(t)), t, atol=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from diffdistill import export_stock
 from diffdistill.config import compose
 from diffdistill.denoiser import Denoiser, Guidance
 from diffdistill.errors import UserError
-from diffdistill.export import write
+from diffdistill.export import refusal, write
 from diffdistill.networks.families.words import factors_of
-from diffdistill.networks.files import quiet_diffusers
+from diffdistill.networks.files import quiet_libraries
 from diffdistill.prompts import Prompts, ToldPrompts, read_prompts
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.rng import Rng
@@ -58,6 +59,15 @@ def test_files(tmp_path: Path, file: Path) -> None:
         lines.write_text(text)
         with pytest.raises(UserError, match=f"{message}.*a.jsonl:1"):
             read_prompts(str(lines), None)
+    lines.write_text('\n{"prompt": "a"}\n{"other": "b"}\n')
+    with pytest.raises(UserError, match="column of .*a.jsonl:3"):
+        read_prompts(str(lines), None)
+    lines.write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    with pytest.raises(UserError, match="must hold texts, got 3"):  # and does not leave it out
+        read_prompts(str(lines), None)
+    lines.write_bytes(b"\xff\n")
+    with pytest.raises(UserError, match="UTF-8"):
+        read_prompts(str(lines), None)
     file.write_text("\n \n")
     with pytest.raises(UserError, match="must hold a prompt"):
         read_prompts(str(file), None)
@@ -73,7 +83,7 @@ def test_prompts_are_embedded_as_the_pipeline_s_call_does(name: str, folders: di
     recipe = assemble(settings(name, folders[name], file, "data.size=[16,16]"))
     data: Any = recipe.data
     assert isinstance(data, ToldPrompts) and data.shape == (4, 8, 8)
-    with quiet_diffusers():
+    with quiet_libraries():
         stock = diffusers.DiffusionPipeline.from_pretrained(folders[name])
     stock.set_progress_bar_config(disable=True)
     z = torch.randn(3, *data.shape, generator=torch.Generator().manual_seed(0))
@@ -123,7 +133,7 @@ def test_a_student_becomes_its_teacher_s_pipeline(
     contract = json.loads((folder / "call.json").read_text())
     assert contract["nfe"] == 1 and contract["call"]["num_inference_steps"] == 1
     assert "base_model" in (folder / "README.md").read_text()
-    with quiet_diffusers():
+    with quiet_libraries():
         stock = diffusers.DiffusionPipeline.from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     assert stock(TEXTS[0], **contract["call"], output_type="np").images.shape == (1, 16, 16, 3)
@@ -131,6 +141,23 @@ def test_a_student_becomes_its_teacher_s_pipeline(
         recipe.networks.weights("student")[0].add_(0.5)
     with pytest.raises(UserError, match="must equal the run's own samples"):
         export_stock.verify(folder, recipe.networks["student"].network, recipe, recipe.distiller.generator)
+
+
+def test_what_cannot_be_exported_is_told_before_training(folders: dict[str, Path], file: Path) -> None:
+    recipe = assemble(settings("sd15", folders["sd15"], file, "distiller=dmd", "distiller.regression_weight=0"))
+    generator: Any = recipe.distiller.generator
+    assert refusal(recipe) is None
+    for other, key in (
+        (replace(generator, times=(700.5,)), "distiller.times"),
+        (replace(generator, times=(999.0, 500.0)), "distiller.renoise"),
+        (replace(generator, prior_std=1.0), "prior_std"),
+    ):
+        reason = refusal(recipe, other)
+        assert reason is not None and reason.key == key
+    network = recipe.networks["student"].network
+    network.process = replace(network.process, zero_terminal_snr=True)
+    reason = refusal(recipe)
+    assert reason is not None and "noise process" in reason.constraint
 
 
 def test_mistakes_are_told(folders: dict[str, Path], file: Path) -> None:

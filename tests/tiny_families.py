@@ -28,6 +28,7 @@ from diffdistill.networks.scheduled import schedule_of
 VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "set_alpha_to_one": False,
       "timestep_spacing": "trailing", "clip_sample": False}  # fmt: skip
 LENGTH = 6  # of a prompt, tokens
+GUIDANCE: dict[Any, float] = {StableDiffusion: 1.0, Flux: 3.5, HunyuanVideo: 6.0}  # as configs/networks has it
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Tiny:
         return model.eval()
 
     def network(self, seed: int = 0) -> Stock:
-        return self.build(self.model(seed), schedule_of(self.scheduler_config), **self.extra)
+        extra = {"guidance": GUIDANCE[self.build], **self.extra} if self.build in GUIDANCE else self.extra
+        return self.build(self.model(seed), schedule_of(self.scheduler_config), **extra)
 
     @property
     def scheduler_config(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from tiny_families import LENGTH, TINY
 
-from diffdistill.networks.files import quiet_diffusers, seeded
+from diffdistill.networks.files import quiet_libraries, seeded
 
 WORDS = ("a", "red", "green", "blue", "circle", "square", "on", "black")
 
@@ -60,7 +60,7 @@ def written(name: str, folder: Path) -> Path:
     """The pipeline of family `name` in `folder`."""
     model = TINY[name].model()
     scheduler = type(TINY[name].scheduler).from_config(TINY[name].scheduler.config)
-    with quiet_diffusers(), torch.no_grad():
+    with quiet_libraries(), torch.no_grad():
         if name in ("sd15", "sd21"):
             pipeline: Any = diffusers.StableDiffusionPipeline(
                 vae(), clip(), tokenizer(), model, scheduler, None, None, requires_safety_checker=False

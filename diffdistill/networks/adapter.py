@@ -183,7 +183,7 @@ class Hooks:
             w = self.scale()
             if w is None:
                 return None
-            place = _place(inputs, keywords, outputs)
+            place = _place(module, inputs, keywords, outputs)
             output = outputs if place is None else outputs[place]
             hidden = _hidden(inputs, keywords, output)
             tokens = _tokens(hidden)
@@ -234,7 +234,7 @@ def _shapes(network: nn.Module, names: list[str]) -> Iterator[dict[str, SiteShap
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: Any, outputs: Any) -> None:
-            place = _place(inputs, keywords, outputs)
+            place = _place(module, inputs, keywords, outputs)
             output = outputs if place is None else outputs[place]
             if not isinstance(output, Tensor) or output.ndim < 2:
                 fix = "Name others: an attention, a residual block."
@@ -290,14 +290,21 @@ def _named(network: nn.Module, *paths: str) -> nn.Module | None:
     return None
 
 
-def _place(inputs: Any, keywords: Any, outputs: Any) -> int | None:
+def _place(module: nn.Module, inputs: Any, keywords: Any, outputs: Any) -> int | None:
     """Where the hidden state lies in what a module returns: None for a tensor; in a tuple, the one of its input's
-    shape, the first where text is as long as the picture."""
+    shape. Where text is as long as the picture an attention returns the picture first; blocks differ."""
     if not isinstance(outputs, tuple):
         return None
     given = inputs[0] if inputs else keywords.get("hidden_states")
     shapes = [getattr(output, "shape", None) for output in outputs]
-    return shapes.index(given.shape) if isinstance(given, Tensor) and given.shape in shapes else None
+    if not isinstance(given, Tensor) or given.shape not in shapes:
+        return None
+    if shapes.count(given.shape) > 1 and not type(module).__name__.endswith("Attention"):
+        constraint = "must be attentions where the text is as long as the picture"
+        raise UserError(
+            "adapter.sites", constraint, type(module).__name__, "Leave them out: attentions are the default."
+        )
+    return shapes.index(given.shape)
 
 
 def _hidden(inputs: Any, keywords: Any, output: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,16 +30,22 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Within the context diffusers draws no progress bars and prints no log: what is wrong is told as an exception."""
-    from diffusers.utils import logging
+def quiet_libraries() -> Iterator[None]:
+    """Within the context diffusers and transformers draw no progress bars and print no log: what is wrong is told as an
+    exception."""
+    from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
 
-    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
+    before = [
+        (module, module.get_verbosity(), module.is_progress_bar_enabled()) for module in (diffusers, transformers)
+    ]
+    for module, _, _ in before:
+        module.set_verbosity(logging.CRITICAL)
+        module.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bar:
-            logging.enable_progress_bar()
+        for module, level, bar in before:
+            module.set_verbosity(level)
+            if bar:
+                module.enable_progress_bar()

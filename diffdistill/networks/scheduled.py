@@ -60,6 +60,8 @@ def schedule_of(config: Mapping[str, Any]) -> Schedule:
     """
     name = str(config.get("_class_name", ""))
     if name.startswith("FlowMatch") or config.get("prediction_type") in _FLOW or config.get("use_flow_sigmas"):
+        if config.get("invert_sigmas"):
+            raise UserError("scheduler.invert_sigmas", "must be false", True, "Flows that run from noise at 0 are not.")
         dynamic = config if config.get("use_dynamic_shifting") else None
         shift = config.get("shift") or config.get("flow_shift") or 1.0
         return Schedule(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
 from diffdistill.networks.diffusers import model_keywords
-from diffdistill.networks.files import quiet_diffusers, resolve, seeded
+from diffdistill.networks.files import quiet_libraries, resolve, seeded
 from diffdistill.process import VELOCITY, Kind, NoiseProcess, RectifiedFlow
 
 PROMPTS = "prompts.safetensors"  # in a teacher's folder: embeddings [classes + 1, tokens, width], the null one last
@@ -92,7 +92,7 @@ def wan(path: str) -> Wan:
         constraint = f"must be a folder of a WanPipeline with {PROMPTS}"
         raise UserError("path", constraint, repr(path), "A run's pipeline folder is one.")
     try:
-        with quiet_diffusers():
+        with quiet_libraries():
             if torch.get_default_device().type == "meta":  # dry run: shapes only
                 config = WanTransformer3DModel.load_config(str(place), subfolder="transformer")
                 transformer = WanTransformer3DModel.from_config(config)

@@ -19,7 +19,7 @@ from diffdistill.networks.families.flux import flux
 from diffdistill.networks.families.packing import pack, unpack
 from diffdistill.networks.families.sd3 import sd3
 from diffdistill.networks.families.stable_diffusion import stable_diffusion
-from diffdistill.networks.files import quiet_diffusers
+from diffdistill.networks.files import quiet_libraries
 from diffdistill.networks.scheduled import Schedule, schedule_of
 from diffdistill.process import EDM, RectifiedFlow
 from diffdistill.solvers import ddim, flow_shift, sample
@@ -54,7 +54,7 @@ def pipeline(tiny: Tiny, model: Any, name: str) -> Any:
     parts = {key for key, p in inspect.signature(cls.__init__).parameters.items() if p.default is p.empty}
     scheduler = type(tiny.scheduler).from_config(tiny.scheduler.config)
     given = {"scheduler": scheduler, tiny.build.part: model}
-    with quiet_diffusers():
+    with quiet_libraries():
         found = cls(**{key: given.get(key) for key in (parts | given.keys()) - {"self"}})
     found.set_progress_bar_config(disable=True)
     return found
@@ -235,6 +235,8 @@ def test_schedules() -> None:
         assert float(x0) == pytest.approx(float(stock.precondition_outputs(3 * one, 2 * one, value)), rel=1e-5)
     with pytest.raises(UserError, match="beta_schedule"):
         schedule_of({"_class_name": "DDIMScheduler", "beta_start": 0.1, "beta_schedule": "squaredcos_cap_v2"})
+    with pytest.raises(UserError, match="invert_sigmas must be false"):
+        schedule_of({"_class_name": "FlowMatchEulerDiscreteScheduler", "invert_sigmas": True})
     with pytest.raises(UserError, match="zero terminal SNR"):
         schedule_of({**_SAMPLE, "prediction_type": "epsilon", "rescale_betas_zero_snr": True})
     grown = Schedule(RectifiedFlow(), edm.kind, 1.0, dynamic={"base_shift": 0.5, "max_shift": 1.15})

@@ -9,50 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
-from diffdistill.errors import require_positive
 from diffdistill.networks.families.folder import load
-from diffdistill.networks.families.packing import pack, unpack
-from diffdistill.networks.families.stock import Stock, as_called
-from diffdistill.networks.scheduled import Schedule
+from diffdistill.networks.families.packing import Packed, pack, unpack
+from diffdistill.networks.families.stock import ReadsScale, as_called
 
 
-class Flux(Stock):
+class Flux(Packed, ReadsScale):
     """text and pooled. A model with guidance_embeds is fed the scale it imitates: cond["w"], or `guidance`."""
 
     model_class = "FluxTransformer2DModel"
     needs = ("text", "pooled")
-    embedding = "time_text_embed.timestep_embedder"
-    exported = True
-
-    def __init__(self, model: Any, schedule: Schedule, guidance: float = 3.5) -> None:
-        super().__init__(model, schedule)
-        require_positive(guidance=guidance)
-        self.guidance = guidance
-
-    @staticmethod
-    def hidden(output: Any) -> Tensor:
-        """A block's picture stream; text comes first."""
-        return output[1] if isinstance(output, tuple) else output
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.model.transformer_blocks, *self.model.single_transformer_blocks]
 
-    @property
-    def channels(self) -> int:
-        return int(self.model.config.in_channels) // 4
-
-    def tokens(self, shape: tuple[int, ...]) -> int:
-        return shape[-2] * shape[-1] // 4
-
-    def time(self, t: Tensor) -> Tensor:
-        return t  # the model multiplies by 1000 itself
-
     def unguided(self) -> dict[str, Any]:
         return {"guidance_scale": self.guidance}  # fed to the model
-
-    def own_layout(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return unpack(latents, *shape[-2:])
 
     def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         text, pooled, _ = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))
@@ -63,7 +36,7 @@ class Flux(Stock):
         height, width = x.shape[-2:]
         guidance = None
         if self.model.config.guidance_embeds:
-            guidance = cond["w"] if "w" in cond else torch.full_like(t_net, self.guidance)
+            guidance = self.fed_scale(t_net, cond)
         tokens = self.model(
             pack(x),
             encoder_hidden_states=text,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from diffdistill.config_errors import first_line
 from diffdistill.errors import UserError
-from diffdistill.networks.files import quiet_diffusers, resolve
+from diffdistill.networks.files import quiet_libraries, resolve
 from diffdistill.networks.scheduled import Schedule, schedule_of
 
 if TYPE_CHECKING:
@@ -52,14 +53,15 @@ def load(path: str, family: type[Stock]) -> tuple[Any, Schedule]:
     schedule = schedule_of(_json(place / SCHEDULER, path))
     cls = getattr(diffusers, family.model_class)
     try:
-        with quiet_diffusers():
+        with quiet_libraries():
             if torch.get_default_device().type == "meta":  # dry run: shapes only
                 model = cls.from_config(config)
             else:
                 model = cls.from_pretrained(str(place / family.part), use_safetensors=True)
     except Exception as error:  # whatever a folder may hold
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError("path", f"must hold a whole {family.model_class}", repr(path), message) from error
+        raise UserError(
+            "path", f"must hold a whole {family.model_class}", repr(path), first_line(error) or repr(error)
+        ) from error
     return model, schedule
 
 

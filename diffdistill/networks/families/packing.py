@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+
+from diffdistill.networks.families.stock import Stock
 
 
 def pack(x: Tensor) -> Tensor:
@@ -16,3 +20,32 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     B, _, channels = tokens.shape
     x = tokens.view(B, height // 2, width // 2, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(B, channels // 4, height, width)
+
+
+class Packed(Stock):
+    """A transformer over packed latents, of a stream for text and one for the picture."""
+
+    embedding = "time_text_embed.timestep_embedder"
+    grid = "sigmas"
+
+    @staticmethod
+    def hidden(output: Any) -> Tensor:
+        """A block's picture stream; text comes first."""
+        return output[1] if isinstance(output, tuple) else output
+
+    @property
+    def channels(self) -> int:
+        return int(self.model.config.in_channels) // 4
+
+    @property
+    def reads_more(self) -> bool:
+        return False
+
+    def tokens(self, shape: tuple[int, ...]) -> int:
+        return shape[-2] * shape[-1] // 4
+
+    def time(self, t: Tensor) -> Tensor:
+        return t  # the model multiplies by 1000 itself
+
+    def own_layout(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
+        return unpack(latents, *shape[-2:])

@@ -19,7 +19,7 @@ class PixArt(Stock):
     model_class = "PixArtTransformer2DModel"
     needs = ("text", "mask")
     embedding = "adaln_single.emb.timestep_embedder"
-    exported = True
+    grid = "timesteps"
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

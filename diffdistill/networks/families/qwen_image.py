@@ -10,42 +10,22 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.networks.families.folder import load
-from diffdistill.networks.families.packing import pack, unpack
-from diffdistill.networks.families.stock import Stock, as_called
+from diffdistill.networks.families.packing import Packed, pack, unpack
+from diffdistill.networks.families.stock import as_called
 
 
-class QwenImage(Stock):
+class QwenImage(Packed):
     """text with its mask."""
 
     model_class = "QwenImageTransformer2DModel"
     needs = ("text", "mask")
-    embedding = "time_text_embed.timestep_embedder"
-    exported = True
-
-    @staticmethod
-    def hidden(output: Any) -> Tensor:
-        """A block's picture stream; text comes first."""
-        return output[1] if isinstance(output, tuple) else output
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
 
-    @property
-    def channels(self) -> int:
-        return int(self.model.config.in_channels) // 4
-
-    def tokens(self, shape: tuple[int, ...]) -> int:
-        return shape[-2] * shape[-1] // 4
-
-    def time(self, t: Tensor) -> Tensor:
-        return t  # the model multiplies by 1000 itself
-
     def unguided(self) -> dict[str, Any]:
         return {"true_cfg_scale": 1.0}
-
-    def own_layout(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return unpack(latents, *shape[-2:])
 
     def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         text, mask = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))

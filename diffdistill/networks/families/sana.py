@@ -18,7 +18,7 @@ class Sana(Stock):
     model_class = "SanaTransformer2DModel"
     needs = ("text", "mask")
     embedding = "time_embed.emb.timestep_embedder"
-    exported = True
+    grid = "sigmas"
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

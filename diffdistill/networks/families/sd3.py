@@ -18,7 +18,7 @@ class SD3(Stock):
     model_class = "SD3Transformer2DModel"
     needs = ("text", "pooled")
     embedding = "time_text_embed.timestep_embedder"
-    exported = True
+    grid = "sigmas"
 
     @staticmethod
     def hidden(output: Any) -> Tensor:

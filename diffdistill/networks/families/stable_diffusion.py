@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
-from diffdistill.errors import require_positive
 from diffdistill.networks.families.folder import load
-from diffdistill.networks.families.stock import Stock
-from diffdistill.networks.scheduled import Schedule
+from diffdistill.networks.families.stock import ReadsScale
 
 
-class StableDiffusion(Stock):
+class StableDiffusion(ReadsScale):
     """XL also takes pooled [B, 1280] and time_ids [B, 6]: original height and width, crop top and left, target size.
 
     A model with time_cond_proj_dim (LCM) is fed the scale it imitates: cond["w"], or `guidance`.
@@ -27,12 +25,7 @@ class StableDiffusion(Stock):
     part = "unet"
     model_class = "UNet2DConditionModel"
     embedding = "time_embedding"
-    exported = True
-
-    def __init__(self, model: Any, schedule: Schedule, guidance: float = 1.0) -> None:
-        super().__init__(model, schedule)
-        require_positive(guidance=guidance)
-        self.guidance = guidance
+    grid = "timesteps"
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -67,11 +60,9 @@ class StableDiffusion(Stock):
             inputs["added_cond_kwargs"] = {"text_embeds": pooled.to(x.dtype), "time_ids": ids.to(x.dtype)}
         if config.time_cond_proj_dim is not None:
             # LCM's own w is 0 for the plain conditional model; this package's is 1
-            w = cond["w"] if "w" in cond else torch.full_like(t_net, self.guidance)
+            w = self.fed_scale(t_net, cond)
             inputs["timestep_cond"] = _scale_embedding(w - 1, config.time_cond_proj_dim).to(x.dtype)
-        if config.in_channels > config.out_channels:
-            x = torch.cat([x, self.given(cond, "concat").to(x.dtype)], 1)
-        return self.model(x, t_net, return_dict=False, **inputs)[0]
+        return self.model(self.with_more(x, cond), t_net, return_dict=False, **inputs)[0]
 
 
 def _scale_embedding(w: Tensor, width: int) -> Tensor:

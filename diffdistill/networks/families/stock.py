@@ -6,12 +6,13 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_positive
 from diffdistill.networks.scheduled import Schedule
 from diffdistill.process import Kind, NoiseProcess, RectifiedFlow
 
@@ -41,7 +42,8 @@ class Stock(nn.Module, ABC):
     needs: ClassVar[tuple[str, ...]] = ("text",)
     embedding: ClassVar[str | None]  # the module that embeds time; None where there is one per block
 
-    exported: ClassVar[bool] = False  # whether its pipeline can be told a student's grid and draws this layout's noise
+    # what its pipeline's call is told a student's times by; "": its scheduler alone; None: no student of it is exported
+    grid: ClassVar[Literal["sigmas", "timesteps", ""] | None] = None
 
     def __init__(self, model: Any, schedule: Schedule) -> None:
         super().__init__()
@@ -121,6 +123,15 @@ class Stock(nn.Module, ABC):
             raise UserError("data", f"must give the condition {name}", found, fix)
         return cond[name]
 
+    @property
+    def reads_more(self) -> bool:
+        """Whether the model reads channels beside the state, cond["concat"]."""
+        return self.channels < int(self.model.config.in_channels)
+
+    def with_more(self, x: Tensor, cond: Cond) -> Tensor:
+        """The state with the channels put behind it that the model reads beside."""
+        return torch.cat([x, self.given(cond, "concat").to(x.dtype)], 1) if self.reads_more else x
+
     def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         """Conditions [B, ...] of prompts, as the pipeline's own encoders embed them."""
         found = pipeline.encode_prompt(
@@ -147,3 +158,16 @@ class Stock(nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         """The raw prediction, [B, *sample]."""
+
+
+class ReadsScale(Stock):
+    """A model distilled with guidance, which is fed its scale: cond["w"], or `guidance` where that is not given."""
+
+    def __init__(self, model: Any, schedule: Schedule, guidance: float) -> None:
+        super().__init__(model, schedule)
+        require_positive(guidance=guidance)
+        self.guidance = guidance
+
+    def fed_scale(self, t_net: Tensor, cond: Cond) -> Tensor:
+        """[B]."""
+        return cond["w"] if "w" in cond else torch.full_like(t_net, self.guidance)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.errors import require_at_least, require_positive
 from diffdistill.networks.families.folder import load
-from diffdistill.networks.families.stock import Stock, as_called
+from diffdistill.networks.families.stock import ReadsScale, Stock, as_called
 from diffdistill.networks.scheduled import Schedule
 
 
@@ -21,7 +20,7 @@ class WanVideo(Stock):
     model_class = "WanTransformer3DModel"
     dims = 4
     embedding = "condition_embedder.time_embedder"
-    exported = True
+    grid = ""
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
@@ -35,9 +34,7 @@ class WanVideo(Stock):
         return _patches(shape, self.model.config.patch_size)
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
-        if self.model.config.in_channels > x.shape[1]:
-            x = torch.cat([x, self.given(cond, "concat").to(x.dtype)], 1)
-        return self.model(x, t_net, self.given(cond, "text").to(x.dtype), return_dict=False)[0]
+        return self.model(self.with_more(x, cond), t_net, self.given(cond, "text").to(x.dtype), return_dict=False)[0]
 
 
 class CogVideoX(Stock):
@@ -60,10 +57,8 @@ class CogVideoX(Stock):
         return _patches(shape, (self.model.config.patch_size_t or 1, p, p))
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
-        if self.model.config.in_channels > x.shape[1]:
-            x = torch.cat([x, self.given(cond, "concat").to(x.dtype)], 1)
         out = self.model(
-            x.transpose(1, 2),
+            self.with_more(x, cond).transpose(1, 2),
             self.given(cond, "text").to(x.dtype),
             t_net,
             image_rotary_emb=self._rotary(x) if self.model.config.use_rotary_positional_embeddings else None,
@@ -95,24 +90,16 @@ class LTXVideo(Stock):
     dims = 4
     needs = ("text", "mask")
     embedding = "time_embed.emb.timestep_embedder"
-    exported = True
 
     def __init__(self, model: Any, schedule: Schedule, rate: float, in_time: int, in_space: int) -> None:
         super().__init__(model, schedule)
         require_positive(rate=rate)
         require_at_least(1, in_time=in_time, in_space=in_space)
-        self.rate = rate
         self.spread = (in_time / rate, in_space, in_space)  # of a latent, in seconds and pixels
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.model.transformer_blocks)
-
-    def unguided(self) -> dict[str, Any]:
-        return {"guidance_scale": 1.0, "frame_rate": self.rate}
-
-    def own_layout(self, latents: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return latents.transpose(1, 2).reshape(-1, *shape)
 
     def tokens(self, shape: tuple[int, ...]) -> int:
         return shape[1] * shape[2] * shape[3]
@@ -133,19 +120,14 @@ class LTXVideo(Stock):
         return tokens.transpose(1, 2).unflatten(2, (frames, height, width))
 
 
-class HunyuanVideo(Stock):
+class HunyuanVideo(ReadsScale):
     """text with its mask, and pooled; fed the scale it imitates, as Flux is. Kong et al. 2024, arXiv:2412.03603."""
 
     model_class = "HunyuanVideoTransformer3DModel"
     dims = 4
     needs = ("text", "mask", "pooled")
     embedding = "time_text_embed.timestep_embedder"
-    exported = True
-
-    def __init__(self, model: Any, schedule: Schedule, guidance: float = 6.0) -> None:
-        super().__init__(model, schedule)
-        require_positive(guidance=guidance)
-        self.guidance = guidance
+    grid = "sigmas"
 
     def words(self, pipeline: Any, texts: list[str]) -> dict[str, Tensor]:
         text, pooled, mask = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))
@@ -165,7 +147,7 @@ class HunyuanVideo(Stock):
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         guidance = None
         if self.model.config.guidance_embeds:
-            guidance = 1000 * (cond["w"] if "w" in cond else torch.full_like(t_net, self.guidance))
+            guidance = 1000 * self.fed_scale(t_net, cond)
         return self.model(
             x,
             timestep=t_net,

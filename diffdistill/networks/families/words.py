@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.config_errors import first_line
 from diffdistill.errors import UserError
 from diffdistill.networks.families.folder import SCHEDULER, whole_folder
 from diffdistill.networks.families.stock import Stock
-from diffdistill.networks.files import quiet_diffusers
+from diffdistill.networks.files import quiet_libraries
 
 KEPT = ("tokenizer", "text_encoder", "projection_model")
 FILES = ("tokenizer*/*", "text_encoder*/*", "projection_model/*", "vae/config.json", SCHEDULER, "model_index.json")
@@ -42,7 +43,6 @@ def _kept(cond: dict[str, Tensor]) -> dict[str, Tensor]:
 def _encoders(path: str) -> Any:
     """The pipeline at `path` without what draws."""
     from diffusers import DiffusionPipeline
-    from transformers.utils import logging
 
     place = whole_folder(path, FILES)
     index = json.loads((place / "model_index.json").read_text())
@@ -51,15 +51,13 @@ def _encoders(path: str) -> Any:
         fix = "Save the whole pipeline, or give embeddings: data=latents."
         raise UserError("path", "must hold a text encoder, for prompts", repr(path), fix)
     left_out = {name: None for name in parts if not name.startswith((*KEPT, "scheduler"))}
-    logging.disable_progress_bar()
     try:
-        with quiet_diffusers():
+        with quiet_libraries():
             pipeline = DiffusionPipeline.from_pretrained(str(place), **left_out)
     except Exception as error:  # whatever a folder may hold
-        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError("path", "must hold text encoders that load", repr(path), message) from error
-    finally:
-        logging.enable_progress_bar()
+        raise UserError(
+            "path", "must hold text encoders that load", repr(path), first_line(error) or repr(error)
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
