@@ -55,6 +55,12 @@ VERBS = {
         "write a run's generator as a diffusers pipeline folder, verified",
         ("export run=runs/x out=my_pipeline",),
     ),
+    "precompute": Verb(
+        "diffdistill.precompute:precompute",
+        "precompute",
+        "encode captioned images into the latents and embeddings that data=latents reads",
+        ("precompute path=photos networks=sd15 networks.path=FOLDER_OR_HUB_ID out=latents",),
+    ),
     "compare": Verb(
         "diffdistill.compare:compare",
         "compare",

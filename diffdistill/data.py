@@ -20,6 +20,8 @@ from diffdistill.evaluation.metrics import Reference
 from diffdistill.networks.exact import check_rows, circle
 from diffdistill.rng import Rng
 
+AT_ONCE = 2**16  # places of latents decoded at once: one of 256 x 256, 16 of 64 x 64
+
 
 @dataclass(frozen=True)
 class Source:
@@ -114,6 +116,22 @@ class Digits:
 
     def features(self) -> FeatureNetwork:
         return load_features()
+
+
+def of_classes(data: Data, labels: Tensor) -> Cond:
+    """Conditions of classes [B]: what the data is told of them, or the labels themselves."""
+    told = getattr(data, "of_classes", None)
+    return {"label": labels} if told is None else told(labels)
+
+
+@torch.no_grad()
+def seen(data: Data, samples: Tensor) -> Tensor:
+    """What people see of samples [B, *shape]: latents decoded where the data has a codec, else the samples."""
+    codec = getattr(data, "codec", None)
+    if codec is None:
+        return samples
+    at_once = max(1, AT_ONCE // math.prod(samples.shape[2:]))
+    return torch.cat([codec.decode(block) for block in samples.split(at_once)])
 
 
 def epoch_indices(rng: Rng, global_batch: int, size: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from diffdistill.networks.inputs import EmbeddingWithInputs, fold_inputs
 from diffdistill.networks.mlp import Mlp
 from diffdistill.networks.wan import Wan
 from diffdistill.pipelines import write_contract
-from diffdistill.solvers import Sampler
+from diffdistill.solvers import OdeSampler, Sampler
 
 __all__ = ["attach", "grid_indices", "refusal", "stock_unet", "verify", "write"]
 
@@ -154,7 +154,8 @@ def write(
         folder = Path(aside) / out.name
         generator = recipe.distiller.generator if sampler is None else sampler
         network = recipe.networks["student"].network
-        if isinstance(network, Stock) and isinstance(generator, Generator):
+        if isinstance(network, Stock):
+            assert isinstance(generator, Generator | OdeSampler)
             export_stock.write(standalone(recipe, generator), recipe, generator, folder, settings, summary)
         elif isinstance(network, Wan):
             export_video.write(standalone(recipe, generator), recipe, generator, folder, settings, summary)

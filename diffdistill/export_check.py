@@ -16,6 +16,8 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator
+from diffdistill.networks.files import resolve
+from diffdistill.solvers import OdeSampler
 
 if TYPE_CHECKING:
     from typing import Any
@@ -28,12 +30,16 @@ TOLERANCE = 1e-5  # largest absolute difference on [0, 1]
 _CHILD = """
 import json, sys
 sys.modules["diffdistill"] = None
-import torch
+import diffusers, torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
-folder, out, inputs, kind = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+folder, out, inputs, kind, base = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
 torch.set_num_threads(1)
-pipeline = DiffusionPipeline.from_pretrained(folder)
+pipeline = DiffusionPipeline.from_pretrained(base or folder)
+if base:
+    pipeline.load_lora_weights(folder)
+    name = json.load(open(folder + "/scheduler/scheduler_config.json"))["_class_name"]
+    pipeline.scheduler = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
 pipeline.set_progress_bar_config(disable=True)
 call = json.load(open(folder + "/call.json"))["call"]
 made = pipeline(**inputs, **call, generator=torch.Generator().manual_seed(0), output_type=kind)
@@ -42,11 +48,15 @@ save_file({"images": torch.as_tensor(images).contiguous()}, out)
 """
 
 
-def made_alone(folder: Path, inputs: Mapping[str, Any], kind: str = "pt") -> Tensor:
-    """What the folder's pipeline makes of `inputs` in a process without this package, with output_type=kind."""
+def made_alone(folder: Path, inputs: Mapping[str, Any], kind: str = "pt", base: str = "") -> Tensor:
+    """What the folder's pipeline makes of `inputs` in a process without this package, with output_type=kind.
+
+    base: the pipeline that a folder of LoRA weights and a scheduler is laid on.
+    """
     with tempfile.TemporaryDirectory() as aside:
         result = Path(aside) / "images.safetensors"
-        command = [sys.executable, "-I", "-c", _CHILD, str(folder), str(result), json.dumps(inputs), kind]
+        told = (str(folder), str(result), json.dumps(inputs), kind, base and str(resolve(base)))
+        command = [sys.executable, "-I", "-c", _CHILD, *told]
         child = subprocess.run(command, capture_output=True, text=True, check=False)
         if child.returncode:
             last = (child.stderr.strip().splitlines() or ["no message"])[-1]
@@ -54,13 +64,15 @@ def made_alone(folder: Path, inputs: Mapping[str, Any], kind: str = "pt") -> Ten
         return load_file(result)["images"]
 
 
-def same_draws(recipe: Recipe, generator: Generator, cond: Mapping[str, Tensor], num: int) -> Tensor:
-    """The generator's samples from the noise that a pipeline draws with seed 0."""
+def same_draws(
+    recipe: Recipe, generator: Generator | OdeSampler, cond: Mapping[str, Tensor], num: int, scale: float = 1.0
+) -> Tensor:
+    """The generator's samples from the noise that a pipeline draws with seed 0, times `scale`."""
     device = recipe.networks.device
     draws = _TorchDraws(0, device)
     z = draws.normal((num, *recipe.data.shape), torch.float32)
     cond = {key: value.to(device) for key, value in cond.items()}
-    return generator.sample(z, cond, draws).cpu()  # type: ignore[arg-type]
+    return generator.sample(scale * z, cond, draws).cpu()  # type: ignore[arg-type]
 
 
 def check_close(ours: Tensor, theirs: Tensor, tolerance: float) -> float:

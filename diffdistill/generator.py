@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser, FlowMap, SignalMap
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_positive
 from diffdistill.process import NoiseProcess, expand
 from diffdistill.rng import Rng
 
@@ -55,6 +55,13 @@ def per_sample_step(rng: Rng, num_steps: int, batch: int) -> Tensor:
 def last_step(rng: Rng, num_steps: int, batch: int) -> int:
     """The last call: training on complete samples."""
     return num_steps - 1
+
+
+def checked_prior(std: float | None) -> float | None:
+    """The standard deviation of the first input, refused unless it is positive or None."""
+    if std is not None:
+        require_positive(**{"distiller.prior_std": std})
+    return std
 
 
 def constant_inputs(sampler: object) -> dict[str, float]:

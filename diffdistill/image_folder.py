@@ -98,7 +98,7 @@ class ImageFolder:
     def _by_class(self) -> list[list[Path]]:
         """Files of each class; without classes, one list of all."""
         folders = class_folders(self.path, self.classes) or [_folder(self.path)]
-        found = [_images_below(folder) for folder in folders]
+        found = [images_below(folder) for folder in folders]
         for folder, files in zip(folders, found, strict=True):
             if not files:
                 kind = "class folder" if self.classes == "subfolders" else "folder"
@@ -185,7 +185,7 @@ def class_folders(path: str, classes: Classes) -> list[Path]:
 def read_image(file: Path, size: int, channels: Literal[1, 3], fit: Fit) -> Tensor:
     """A file's pixels as `ImageFolder` says, uint8 [channels, size, size].  Raises UserError if it is damaged."""
     with _reading(file), Image.open(file) as opened:
-        image = _converted(ImageOps.exif_transpose(opened), channels)
+        image = converted(ImageOps.exif_transpose(opened), channels)
         if fit == "crop":
             image = _cropped(image, size)
         values = np.array(image)
@@ -194,7 +194,7 @@ def read_image(file: Path, size: int, channels: Literal[1, 3], fit: Fit) -> Tens
     return torch.from_numpy(values).view(size, size, channels).permute(2, 0, 1)
 
 
-def _converted(image: Image.Image, channels: Literal[1, 3]) -> Image.Image:
+def converted(image: Image.Image, channels: Literal[1, 3]) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older PIL: I for 16 bits
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.mode in ("I", "F"):
@@ -262,7 +262,7 @@ def _folder(path: str, key: str = "data.path") -> Path:
     return folder
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
     """Every image at any depth, sorted, through links too."""
 
     def fail(error: OSError) -> None:

@@ -1,19 +1,23 @@
 """Latents and embedded conditions made before training: tar shards of safetensors files, as webdataset reads them.
 
 A folder holds `*.tar`, whose members `<key>.safetensors` are one sample each: `latent` [*shape], scaled as the model
-noises it, and `cond.<name>` for each condition; `null.safetensors` with the null condition by name, batch 1, where
-there is one; and `latents.json`: {"schema": 1, "pipeline": where the VAE and the encoders came from}.
+noises it, and `cond.<name>` for each condition, with the caption as metadata; all samples of a shard have one form, and
+shards of another size are another bucket. `null.safetensors` has the null condition by name, batch 1, where there is
+one; `latents.json`: {"schema": 1, "pipeline": where VAE and encoders came from, "vae": hash of the VAE, or null}.
 """
 
 from __future__ import annotations
 
+import bisect
 import io
+import itertools
 import json
 import tarfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,30 +29,36 @@ from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError
 from diffdistill.evaluation.features import FeatureNetwork
 from diffdistill.evaluation.metrics import Reference
+from diffdistill.networks.codec import Codec
 from diffdistill.rng import Rng
 
 SCHEMA = 1
 CARD, NULL = "latents.json", "null.safetensors"
-LATENT, COND = "latent", "cond."
+LATENT, COND, CAPTION = "latent", "cond.", "caption"
 
 
 @dataclass(frozen=True)
 class Latents:
     """The samples of a folder, in epochs as `data.Digits`; each is read when it is drawn.
 
-    path: of the folder.  num_classes: of cond.label, for class-conditional models.
+    A batch is of one bucket: an epoch is all buckets' batches in random order, the last of a bucket filled up from its
+    beginning. Without x0 a bucket is drawn by its share.
+
+    path: of the folder.  num_classes: of cond.label, for class-conditional models.  pipeline: whose VAE shows them, on
+    `device`; set by `told`.
     """
 
     path: str
     num_classes: int = 0
+    pipeline: str | None = None
+    device: torch.device | str = "cpu"
     name: str = field(default="latents", init=False)
-    latent: bool = field(default=True, init=False)  # nothing to look at as it is
     provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
 
     def __post_init__(self) -> None:
         if self.num_classes < 0:
             raise UserError("data.num_classes", "must be >= 0", self.num_classes, "0 is none.")
-        self._check_card()
+        self._card  # noqa: B018 - checked here
         first = self._read(0)
         if LATENT not in first:
             found = sorted(first)
@@ -57,9 +67,34 @@ class Latents:
             fix = "Set data.num_classes=0, or write cond.label."
             raise UserError("data.num_classes", "needs samples with a label", sorted(first), fix)
 
+    def told(self, network: Any, pipeline: str | None) -> Latents:
+        """The samples for a network from the pipeline folder or hub id `pipeline`.
+
+        Raises UserError if another VAE made them.
+        """
+        from diffdistill.networks.families.pixels import vae_sha256
+
+        if pipeline is None:
+            return self
+        wanted = self._card.get("vae")
+        if wanted is not None and (found := vae_sha256(pipeline)) is not None and found != wanted:
+            fix = "Precompute them with this pipeline, or train with the one they were made with."
+            constraint = f"must be made with the VAE of {pipeline}, {found[:12]}"
+            raise UserError("data.path", constraint, f"that of {self._card['pipeline']}, {wanted[:12]}", fix)
+        device = next(network.parameters()).device
+        return replace(self, pipeline=pipeline, device="cpu" if device.type == "meta" else device)
+
+    @cached_property
+    def codec(self) -> Codec | None:
+        """Of the network's pipeline, loaded when something is first looked at; None: there is none to look with."""
+        from diffdistill.networks.families.pixels import load_codec
+
+        return None if self.pipeline is None or len(self.shape) < 3 else load_codec(self.pipeline, self.device)
+
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self._read(0)[LATENT].shape)
+        """Of the largest bucket's samples: what is looked at and measured."""
+        return tuple(self._read(self._largest[0])[LATENT].shape)
 
     @property
     def source(self) -> Source:
@@ -76,17 +111,40 @@ class Latents:
         except (OSError, SafetensorError) as error:
             raise UserError("data.path", f"must hold a {NULL} that can be read", self.path, "Make it again.") from error
 
+    def examples(self) -> tuple[list[str], dict[str, Tensor]] | None:
+        """Captions and conditions of two samples, the first and the last; None where no captions were kept."""
+        chosen = [self._largest[0], self._largest[-1]]
+        captions = [self._caption(index) for index in chosen]
+        if None in captions:
+            return None
+        return [str(caption) for caption in captions], self._stacked(chosen, torch.device("cpu"))[1]
+
     def conditions(self, rng: Rng) -> dict[str, Tensor]:
-        """Of samples drawn uniformly."""
-        return self._stacked(rng.integers(len(self._members), (len(rng),)).tolist(), rng.device)[1]
+        """Of samples of the largest bucket, drawn uniformly."""
+        drawn = rng.integers(len(self._largest), (len(rng),)).tolist()
+        return self._stacked([self._largest[i] for i in drawn], rng.device)[1]
 
     def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
-        shape = (len(rng), *self.shape)
-        if "x0" not in needs:
-            return Batch(self.conditions(rng), shape)
-        chosen = epoch_indices(rng, global_batch, len(self._members)).tolist()
-        x0, cond = self._stacked(chosen, rng.device)
-        return Batch(cond, shape, x0.to(dtype))
+        if "x0" in needs:
+            x0, cond = self._stacked(self._epoch(rng, global_batch), rng.device)
+            return Batch(cond, tuple(x0.shape), x0.to(dtype))
+        ends = list(itertools.accumulate(map(len, self._buckets)))
+        bucket = self._buckets[bisect.bisect_right(ends, int(rng.shared().integers(ends[-1], (1,))))]
+        drawn = rng.integers(len(bucket), (len(rng),)).tolist()
+        cond = self._stacked([bucket[i] for i in drawn], rng.device)[1]
+        return Batch(cond, (len(rng), *self._read(bucket[0])[LATENT].shape))
+
+    def _epoch(self, rng: Rng, global_batch: int) -> list[int]:
+        """Which samples those of rng are."""
+        if len(self._buckets) == 1:
+            return epoch_indices(rng, global_batch, len(self._members)).tolist()
+        sizes = enumerate(map(len, self._buckets))
+        batches = [(number, first) for number, size in sizes for first in range(0, size, global_batch)]
+        epoch, place = divmod(rng.step, len(batches))
+        number, first = batches[int(rng.permutation(len(batches), f"batches {epoch}")[place])]
+        bucket = self._buckets[number]
+        order = rng.permutation(len(bucket), f"bucket {number} epoch {epoch}")
+        return [bucket[int(order[i])] for i in ((first + rng.ids) % len(bucket)).tolist()]
 
     def reference(self) -> Reference:
         """There is none: figures are measured on pixels."""
@@ -102,30 +160,65 @@ class Latents:
         folder = Path(self.path)
         shards = sorted(folder.glob("*.tar"))
         if not shards:
-            fix = "diffdistill.latents.write makes one."
+            fix = "diffdistill precompute makes one."
             raise UserError("data.path", "must be a folder with tar shards of latents", repr(self.path), fix)
         found = [(shard, *member) for shard in shards for member in _members_of(shard)]
         if not found:
             raise UserError("data.path", "must hold samples", repr(self.path), "Its shards are empty.")
         return found
 
-    def _read(self, index: int) -> dict[str, Tensor]:
+    @cached_property
+    def _forms(self) -> dict[Path, dict[str, torch.Size]]:
+        """Shapes of the tensors that each shard's samples have: those of its first."""
+        forms: dict[Path, dict[str, torch.Size]] = {}
+        for index, (shard, *_) in enumerate(self._members):
+            if shard not in forms:
+                sample = self._read(index)
+                forms[shard] = {k: v.shape for k, v in sample.items() if k == LATENT or k.startswith(COND)}
+        return forms
+
+    @cached_property
+    def _buckets(self) -> list[list[int]]:
+        """Samples by the shape of their latent, in the order of the shards."""
+        found: dict[Any, list[int]] = {}
+        for index, (shard, *_) in enumerate(self._members):
+            found.setdefault(self._forms[shard].get(LATENT), []).append(index)
+        return list(found.values())
+
+    @cached_property
+    def _largest(self) -> list[int]:
+        return max(self._buckets, key=len)
+
+    def _bytes(self, index: int) -> bytes:
         shard, name, offset, size = self._members[index]
         try:
             with shard.open("rb") as file:
                 file.seek(offset)
-                return load(file.read(size))
-        except (OSError, SafetensorError) as error:
+                return file.read(size)
+        except OSError as error:
             fix = "Make this shard again."
             raise UserError("data.path", "must hold samples that can be read", f"{shard}:{name}", fix) from error
 
+    def _read(self, index: int) -> dict[str, Tensor]:
+        shard, name, *_ = self._members[index]
+        try:
+            return load(self._bytes(index))
+        except SafetensorError as error:
+            fix = "Make this shard again."
+            raise UserError("data.path", "must hold samples that can be read", f"{shard}:{name}", fix) from error
+
+    def _caption(self, index: int) -> str | None:
+        body = self._bytes(index)
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        return header.get("__metadata__", {}).get(CAPTION)
+
     def _stacked(self, chosen: list[int], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents and conditions of samples, batch first; all have to be of the first sample's form."""
-        like, samples = self._form, [self._read(index) for index in chosen]
+        """Latents and conditions of samples, batch first; all have to be of their shard's form."""
+        like, samples = self._forms[self._members[chosen[0]][0]], [self._read(index) for index in chosen]
         for index, sample in zip(chosen, samples, strict=True):
             if {key: value.shape for key, value in sample.items() if key in like} != like:
                 shard, name, _, _ = self._members[index]
-                fix = "Keep other sizes in another folder."
+                fix = "Make this shard again."
                 raise UserError("data.path", "must hold samples of one form", f"{shard}:{name} of another", fix)
         stacked = {key: torch.stack([sample[key] for sample in samples]).to(device) for key in like}
         if self.num_classes and not bool((stacked[f"{COND}label"] < self.num_classes).all()):
@@ -135,18 +228,17 @@ class Latents:
         return stacked.pop(LATENT), {key.removeprefix(COND): value for key, value in stacked.items()}
 
     @cached_property
-    def _form(self) -> dict[str, torch.Size]:
-        return {key: value.shape for key, value in self._read(0).items() if key == LATENT or key.startswith(COND)}
-
-    def _check_card(self) -> None:
+    def _card(self) -> dict[str, Any]:
         file = Path(self.path) / CARD
         try:
-            schema = json.loads(file.read_text(encoding="utf-8"))["schema"]
+            card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            schema = card["schema"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            fix = "diffdistill.latents.write makes such folders."
+            fix = "diffdistill precompute makes such folders."
             raise UserError("data.path", f"must hold a {CARD} with a schema", repr(self.path), fix) from error
         if schema != SCHEMA:
             raise UserError("data.path", f"must have schema {SCHEMA} in {CARD}", schema, "Make it again.")
+        return card
 
 
 def _members_of(shard: Path) -> Iterator[tuple[str, int, int]]:
@@ -159,6 +251,29 @@ def _members_of(shard: Path) -> Iterator[tuple[str, int, int]]:
         raise UserError("data.path", "must hold tar shards that can be read", str(shard), str(error)) from error
 
 
+def write_shard(
+    file: Path, names: Iterable[str], latents: Tensor, cond: Mapping[str, Tensor], captions: Iterable[str | None]
+) -> None:
+    """Write samples [N, ...] of one form into the new tar `file`, whole or not at all. names: their keys."""
+    aside = file.with_suffix(".part")
+    with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for i, (name, caption) in enumerate(zip(names, captions, strict=True)):
+            named = {LATENT: latents[i], **{f"{COND}{key}": value[i] for key, value in cond.items()}}
+            metadata = None if caption is None else {CAPTION: caption}
+            body = save({key: value.contiguous() for key, value in named.items()}, metadata)
+            entry = tarfile.TarInfo(f"{name}.safetensors")
+            entry.size = len(body)
+            archive.addfile(entry, io.BytesIO(body))
+    aside.replace(file)
+
+
+def write_card(folder: Path, null: Mapping[str, Tensor] | None, **card: Any) -> None:
+    """Write what stands beside the shards. null: [1, ...] by name.  card: pipeline, vae and what else is to be kept."""
+    if null is not None:
+        save_file({key: value.contiguous() for key, value in null.items()}, folder / NULL)
+    (folder / CARD).write_text(json.dumps({"schema": SCHEMA, **card}, indent=1) + "\n")
+
+
 def write(
     folder: Path,
     latents: Tensor,
@@ -166,17 +281,14 @@ def write(
     null: Mapping[str, Tensor] | None,
     pipeline: str,
     per_shard: int = 1000,
+    captions: list[str] | None = None,
 ) -> None:
     """Write samples [N, ...] into the new or empty folder. cond: [N, ...] by name.  null: [1, ...] by name."""
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, len(latents), per_shard):
-        with tarfile.open(folder / f"{first // per_shard:06d}.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
-            for i in range(first, min(first + per_shard, len(latents))):
-                named = {LATENT: latents[i], **{f"{COND}{key}": value[i] for key, value in cond.items()}}
-                body = save({key: value.contiguous() for key, value in named.items()})
-                entry = tarfile.TarInfo(f"{i:09d}.safetensors")
-                entry.size = len(body)
-                archive.addfile(entry, io.BytesIO(body))
-    if null is not None:
-        save_file({key: value.contiguous() for key, value in null.items()}, folder / NULL)
-    (folder / CARD).write_text(json.dumps({"schema": SCHEMA, "pipeline": pipeline}, indent=1) + "\n")
+        here = slice(first, min(first + per_shard, len(latents)))
+        names = [f"{i:09d}" for i in range(here.start, here.stop)]
+        told = captions[here] if captions is not None else [None] * len(names)
+        part = {key: value[here] for key, value in cond.items()}
+        write_shard(folder / f"{first // per_shard:06d}.tar", names, latents[here], part, told)
+    write_card(folder, null, pipeline=pipeline, vae=None)

@@ -23,7 +23,7 @@ def draw_picture(
     device, dtype = where(networks)
     labels = shown_classes(data, num)
     samples, _ = harness.draw(sampler, data, num, seed, 500, device, dtype, labels)
-    if getattr(data, "latent", False):
+    if samples.ndim == 3 or (samples.ndim > 3 and samples.shape[1] not in (1, 3)):
         samples = as_colours(samples)
     if samples.ndim == 5:
         plots.film_strips(samples, path)

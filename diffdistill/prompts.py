@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.evaluation.features import FeatureNetwork
 from diffdistill.evaluation.metrics import Reference
+from diffdistill.networks.codec import Codec
 from diffdistill.rng import Rng
 
 COLUMNS = ("prompt", "text", "caption")
@@ -144,26 +146,56 @@ class Prompts:
         cond, null = embedded(pipeline, network, texts, self.negative, self.batch_size, device)
         size = network.sized(*pixels)
         cond |= {key: value.expand(len(texts), -1) for key, value in size.items()}
-        return ToldPrompts(tuple(texts), shape, cond, null | size, Source(f"the prompts of {self.path}", "unknown"))
+        source = Source(f"the prompts of {self.path}", "unknown")
+        return ToldPrompts(tuple(texts), shape, cond, null | size, source, pipeline, device)
+
+    def of_pipeline(self) -> ToldPrompts:
+        """The prompts for a whole pipeline, which embeds them itself."""
+        source = Source(f"the prompts of {self.path}", "unknown")
+        return ToldPrompts(tuple(read_prompts(self.path, self.column)), (), {}, {}, source)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ToldPrompts:
-    """Embedded prompts, drawn uniformly. cond: [N, ...] by name.  null: [1, ...]."""
+    """Embedded prompts, drawn uniformly; the number of a prompt is its class.
+
+    cond: [N, ...] by name.  null: [1, ...].  pipeline: whose VAE shows what latents are, on `device`; None: samples
+    are pictures.
+    """
 
     texts: tuple[str, ...]
     shape: tuple[int, ...]
     cond: dict[str, Tensor]
     null: dict[str, Tensor]
     source: Source
+    pipeline: str | None = None
+    device: torch.device | str = "cpu"
     name: str = field(default="prompts", init=False)
-    latent: bool = field(default=True, init=False)  # nothing to look at as it is
-    num_classes: int = field(default=0, init=False)
     provides: frozenset[str] = field(default=frozenset(), init=False)
 
+    @property
+    def num_classes(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def codec(self) -> Codec | None:
+        """Loaded when something is first looked at; None: nothing is to be decoded, or a VAE's result is sound."""
+        from diffdistill.networks.families.pixels import load_codec
+
+        return None if self.pipeline is None or len(self.shape) < 3 else load_codec(self.pipeline, self.device)
+
+    def examples(self) -> tuple[list[str], dict[str, Tensor]]:
+        """The first and the last prompt with their conditions."""
+        ends = [0, len(self.texts) - 1]
+        return [self.texts[i] for i in ends], {key: value[ends] for key, value in self.cond.items()}
+
+    def of_classes(self, labels: Tensor) -> dict[str, Tensor]:
+        """Conditions of the prompts with these numbers [B], on their device."""
+        index = labels.cpu()
+        return {key: value[index].to(labels.device) for key, value in self.cond.items()} | {"label": labels}
+
     def conditions(self, rng: Rng) -> dict[str, Tensor]:
-        index = rng.integers(len(self.texts), (len(rng),)).cpu()
-        return {key: value[index].to(rng.device) for key, value in self.cond.items()}
+        return self.of_classes(rng.integers(len(self.texts), (len(rng),)))
 
     def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
         return Batch(self.conditions(rng), (len(rng), *self.shape))

@@ -18,7 +18,6 @@ from diffdistill.errors import UserError
 from diffdistill.networks.attention import set_attention
 from diffdistill.networks.files import seeded
 from diffdistill.networks.roles import Networks, Role
-from diffdistill.prompts import Prompts
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler
 
@@ -52,8 +51,8 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
 
 def assemble_parts(settings: Mapping[str, Any], data: Data, teacher: Any) -> Recipe:
     """As `assemble`, with data and teacher made by the caller; `settings` says the rest."""
-    if isinstance(data, Prompts):
-        data = data.told(teacher, settings["networks"].get("path"))
+    if (told := getattr(data, "told", None)) is not None:  # text, which only the teacher's pipeline can embed
+        data = told(teacher, settings["networks"].get("path"))
     teacher.check(data.shape, data.num_classes)
     if (null := getattr(data, "null", None)) is not None:  # of text, the embedding of what no prompt is
         teacher.null = null

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 
+from diffdistill import export_lora
 from diffdistill.adapter_file import write_adapters
 from diffdistill.config import build
 from diffdistill.data import Data
@@ -20,7 +22,6 @@ from diffdistill.export import write as write_pipeline
 from diffdistill.networks.roles import Networks
 from diffdistill.pictures import draw_picture, where
 from diffdistill.pipelines import PipelineSampler, with_steps
-from diffdistill.prompts import Prompts
 from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.saved_run import Choice, load_merged, load_run
 from diffdistill.solvers import Sampler
@@ -93,7 +94,7 @@ def export(
     steps: int | None,
     merge: str | None,
     merge_weight: float,
-    format: Literal["pipeline", "adapter"],
+    format: Literal["pipeline", "lora", "adapter"],
 ) -> str:
     """Write a run's generator as a stock diffusers folder, verified; returns its path.
 
@@ -116,11 +117,13 @@ def export(
     figures = read_json(summary, "run") if summary.is_file() and same and merge is None else {}
     if merge is not None:
         figures = {"merged": {"run": merge, "weight": merge_weight}}
-    if format == "adapter" and merge is not None:
-        raise UserError("merge", "must be null for an adapter", merge, "Merge pipelines, or export one run's adapters.")
+    if format != "pipeline" and merge is not None:
+        raise UserError("merge", f"must be null for format={format}", merge, "Merge pipelines, or export one run's.")
     with writing(out, "out", _ELSEWHERE):
         if format == "adapter":
             path = write_adapters(recipe, Path(out), settings)
+        elif format == "lora":
+            path = export_lora.write(recipe, Path(out), settings, figures, generator)
         else:
             path = write_pipeline(recipe, Path(out), settings, figures, generator)
     Console().print(f"wrote {path}", soft_wrap=True)
@@ -147,10 +150,12 @@ def _source(
         raise UserError("checkpoint", "is for a run", f"pipeline={pipeline}", "Leave it out: a pipeline has one.")
     if data is None:
         raise UserError("data", "must say what the pipeline generates", None, "Add data=digits, for example.")
-    if isinstance(chosen := build(data), Prompts):
-        fix = "Call the pipeline in diffusers, or sample run=DIR."
-        raise UserError("data", "must be a data set of samples here", "prompts", fix)
-    return chosen, PipelineSampler.load(str(pipeline), steps), None
+    chosen = build(data)
+    whole = getattr(chosen, "of_pipeline", None)  # of text
+    if whole is None:
+        return chosen, PipelineSampler.load(str(pipeline), steps), None
+    told = whole()
+    return told, replace(PipelineSampler.load(str(pipeline), steps), prompts=told.texts), None
 
 
 def _new_file(key: str, path: str) -> Path:

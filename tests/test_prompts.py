@@ -13,11 +13,12 @@ import pytest
 import torch
 from tiny_pipelines import written
 
-from diffdistill import export_stock
+from diffdistill import export_lora, export_stock
 from diffdistill.config import compose
 from diffdistill.denoiser import Denoiser, Guidance
 from diffdistill.errors import UserError
 from diffdistill.export import refusal, write
+from diffdistill.export_check import made_alone, same_draws
 from diffdistill.networks.families.words import factors_of
 from diffdistill.networks.files import quiet_libraries
 from diffdistill.prompts import Prompts, ToldPrompts, read_prompts
@@ -143,6 +144,31 @@ def test_a_student_becomes_its_teacher_s_pipeline(
         export_stock.verify(folder, recipe.networks["student"].network, recipe, recipe.distiller.generator)
 
 
+@pytest.mark.parametrize("name", ["sd15", pytest.param("flux", marks=pytest.mark.slow)])
+def test_a_lora_loads_into_its_base(name: str, folders: dict[str, Path], file: Path, tmp_path: Path) -> None:
+    """Verified by `write` itself: a fresh process loads the base, the LoRA and the scheduler, and gives the same."""
+    base = ["distiller=dmd", "distiller.regression_weight=0", "data.size=[16,16]"]
+    chosen = settings(name, folders[name], file, *base, "roles.student=lora", "lora.alpha=4", "lora.rank=2")
+    recipe = assemble(chosen)
+    with torch.no_grad():
+        for weight in recipe.networks.weights("student"):
+            weight.add_(0.2 * torch.randn_like(weight))
+    folder = export_lora.write(recipe, tmp_path / "lora", chosen, {}, recipe.distiller.generator)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "README.md", "call.json", "pytorch_lora_weights.safetensors", "scheduler"
+    ]  # fmt: skip
+    whole = settings(name, folders[name], file, *base)
+    reason = export_lora.refusal(assemble(whole), recipe.distiller.generator)
+    assert reason is not None and "trained as one" in reason.constraint
+    with torch.no_grad():  # what is not in the file is seen
+        recipe.networks.weights("student")[0].add_(5.0)
+    texts, cond = export_stock.examples_of(recipe)
+    network: Any = recipe.networks["student"].network
+    theirs = network.own_layout(made_alone(folder, {"prompt": texts}, "latent", str(folders[name])), recipe.data.shape)
+    ours = same_draws(recipe, recipe.distiller.generator, cond, 2)  # type: ignore[arg-type]
+    assert float((ours - theirs).abs().max()) > 1e-3
+
+
 def test_what_cannot_be_exported_is_told_before_training(folders: dict[str, Path], file: Path) -> None:
     recipe = assemble(settings("sd15", folders["sd15"], file, "distiller=dmd", "distiller.regression_weight=0"))
     generator: Any = recipe.distiller.generator
@@ -150,14 +176,15 @@ def test_what_cannot_be_exported_is_told_before_training(folders: dict[str, Path
     for other, key in (
         (replace(generator, times=(700.5,)), "distiller.times"),
         (replace(generator, times=(999.0, 500.0)), "distiller.renoise"),
-        (replace(generator, prior_std=1.0), "prior_std"),
+        (replace(generator, prior_std=2.0), "distiller.prior_std"),
     ):
         reason = refusal(recipe, other)
         assert reason is not None and reason.key == key
-    network = recipe.networks["student"].network
+    network: Any = recipe.networks["student"].network
     network.process = replace(network.process, zero_terminal_snr=True)
     reason = refusal(recipe)
     assert reason is not None and "noise process" in reason.constraint
+    assert refusal(recipe, replace(generator, prior_std=1.0)) is None
 
 
 def test_mistakes_are_told(folders: dict[str, Path], file: Path) -> None:

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from diffdistill.data import Data
+from diffdistill.data import Data, of_classes, seen
 from diffdistill.errors import UserError, require_at_least
+from diffdistill.pipelines import PipelineSampler
 from diffdistill.rng import Rng
 from diffdistill.solvers import Sampler
 
@@ -127,7 +128,7 @@ def draw(
 ) -> tuple[Tensor, Tensor | None]:
     """num_samples samples, [N, *shape] on the CPU, and their labels [N] or None.
 
-    labels: the classes to draw, [N]; None draws them uniformly.
+    labels: the classes to draw, [N]; None draws them uniformly. Latents come decoded where the data can decode them.
 
     The draws are keyed by sample index: another batch size gives the same samples.
     """
@@ -136,12 +137,19 @@ def draw(
         rng = Rng(seed, 0, "evaluation", range(start, min(start + batch_size, num_samples)), device)
         cond = data.conditions(rng.fork("conditions"))
         if labels is not None:
-            cond = {**cond, "label": labels[start : start + len(rng)].to(device)}
+            cond = {**cond, **of_classes(data, labels[start : start + len(rng)].to(device))}
         z = rng.fork("prior").normal((len(rng), *data.shape), dtype)
-        samples.append(sampler.sample(z, cond, rng.fork("sampler")).float().cpu())
+        made = sampler.sample(z, cond, rng.fork("sampler")).float()
+        samples.append((made if isinstance(sampler, PipelineSampler) else seen(data, made)).cpu())
         if "label" in cond:
             drawn.append(cond["label"].cpu())
-    return torch.cat(samples), torch.cat(drawn) if drawn else None
+    found = torch.cat(samples)
+    if isinstance(sampler, PipelineSampler) and data.provides:  # of prompts alone any size is right
+        wanted = tuple(data.reference().data.shape[1:])
+        if (shape := tuple(found.shape[1:])) != wanted:
+            fix = "Choose the data that the pipeline imitates."
+            raise UserError("data", f"must have the pipeline's sample shape {shape}", wanted, fix)
+    return found, torch.cat(drawn) if drawn else None
 
 
 def latency_ms(
@@ -231,7 +239,7 @@ def read_card(path: Path, weights_sha256: str, evaluation: Evaluation, data: Dat
             "Set it to fresh.",
         )
     protocol = Protocol.from_json(card["protocol"])
-    probe = torch.zeros(2, *data.shape)
+    probe = torch.zeros(2, *data.reference().data.shape[1:])
     _, ours = measure(
         probe, None, data.reference(), (), data.features(),
         seed=evaluation.seed, replicates=evaluation.replicates, prdc_space=evaluation.prdc_space,

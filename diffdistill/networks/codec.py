@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -24,15 +25,44 @@ class Codec:
 PIXELS = Codec()
 
 
-def vae_codec(vae: Any) -> Codec:
-    """A diffusers autoencoder with its scaling_factor and (SD3, Flux) shift_factor; encode takes the mean latent."""
-    scaling = float(vae.config.scaling_factor)
-    shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+def codec_of(vae: Any) -> Codec:
+    """A diffusers autoencoder with its normalisation: mean and std of each channel, or one scale and shift.
+
+    encode takes the mean latent; decode is differentiable. VAEs of clips take and give [B, C, frames, H, W]; a
+    picture is one frame to them (Qwen-Image).
+    """
+    scale, shift = _normalisation(vae)
+    clips = any(weight.ndim == 5 for weight in vae.parameters())
 
     def encode(x: Tensor) -> Tensor:
-        return (vae.encode(x).latent_dist.mode() - shift) * scaling
+        found = vae.encode(x[:, :, None] if clips and x.ndim == 4 else x)
+        z = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latent
+        z = (z - shift(z)) * scale(z)
+        return z[:, :, 0] if clips and x.ndim == 4 else z
 
     def decode(z: Tensor) -> Tensor:
-        return vae.decode(z / scaling + shift).sample
+        whole = z / scale(z) + shift(z)
+        if clips and z.ndim == 4:
+            return vae.decode(whole[:, :, None]).sample[:, :, 0]
+        return vae.decode(whole).sample
 
     return Codec(encode, decode)
+
+
+def _normalisation(vae: Any) -> tuple[Any, Any]:
+    """What a latent is multiplied by after what was subtracted, each as a function of a tensor like it."""
+    config = vae.config
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    mean = getattr(vae, "latents_mean", None) if mean is None else mean  # LTX keeps buffers
+    std = getattr(vae, "latents_std", None) if std is None else std
+    factor = float(config.get("scaling_factor") or 1.0)
+    if mean is not None and std is not None:
+        return lambda z: factor / _channels(std, z), lambda z: _channels(mean, z)
+    offset = float(config.get("shift_factor") or 0.0)
+    return lambda z: factor, lambda z: offset
+
+
+def _channels(values: Any, like: Tensor) -> Tensor:
+    """One number per channel, shaped to meet a latent."""
+    given = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    return given.view(1, -1, *[1] * (like.ndim - 2))

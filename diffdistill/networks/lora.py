@@ -82,11 +82,12 @@ class LoraLayer(nn.Module):
         if call is None or call.role not in self.down:
             return out
         seen = x * self.base.keep if isinstance(self.base, TamedLinear) else x  # held columns stay held
-        down, up = self._factors(call.role)
+        down, up = self.factors(call.role)
         update = up(down(seen.to(down.weight.dtype)))
         return out + (self.scales[call.role] * update).to(out.dtype)
 
-    def _factors(self, role: str) -> tuple[Any, Any]:
+    def factors(self, role: str) -> tuple[Any, Any]:
+        """The two layers of the role's update, down and up."""
         return self.down[role], self.up[role]
 
     @torch.no_grad()
@@ -94,7 +95,7 @@ class LoraLayer(nn.Module):
         """A plain layer with the role's update folded into the weight."""
         layer = copy.deepcopy(self.base)
         if role in self.down:
-            down, up = self._factors(role)
+            down, up = self.factors(role)
             delta = torch.einsum("or...,ri...->oi...", up.weight.flatten(1), down.weight)
             layer.weight += (self.scales[role] * delta).to(layer.weight.dtype)
         return layer

@@ -21,7 +21,7 @@ from diffdistill.denoiser import Cond, Denoiser, FlowMap
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, student_times
 from diffdistill.distillers.consistency.pairs import PairLaw, PairWeight
 from diffdistill.errors import UserError
-from diffdistill.generator import Generator, Renoise
+from diffdistill.generator import Generator, Renoise, checked_prior
 from diffdistill.losses import Distance
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
@@ -32,6 +32,7 @@ class Consistency(Distiller):
     """times: the student's grid, None is one step from t_max.  renoise: between steps.  few_steps: grid for another
     number of steps; the student is trained at all times.  pairs: law of (t, r).  solver: of the teacher's step, None is
     consistency training.  distance: d.  weight: w.  target_decay: of the average f~, None is the student itself.
+    prior_std: of the sampler's first input, None is the noise level of its first time.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Consistency(Distiller):
         distance: Distance,
         weight: PairWeight,
         target_decay: float | None,
+        prior_std: float | None = None,
     ) -> None:
         self.networks, self.times, self.renoise, self.few_steps = (
             networks,
@@ -54,6 +56,7 @@ class Consistency(Distiller):
         )
         self.pairs, self.solver, self.distance, self.weight = pairs, solver, distance, weight
         self.closer = "student" if target_decay is None else "student_ema"
+        self.prior_std = checked_prior(prior_std)
         networks["student"].process.check_times("distiller.times", self.times)
 
     @classmethod
@@ -79,7 +82,7 @@ class Consistency(Distiller):
     @property
     def generator(self) -> Generator:
         student = FlowMap(self.sampled(self.networks["student"]), "consistency")
-        return Generator(student, self.times, self.renoise, few_steps=self.few_steps)
+        return Generator(student, self.times, self.renoise, self.prior_std, self.few_steps)
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         assert batch.x0 is not None

@@ -44,8 +44,9 @@ class LCM(Consistency):
         target_decay: float | None,
         scales: UniformScale | None,
         scale: float,
+        prior_std: float | None = None,
     ) -> None:
-        super().__init__(networks, times, renoise, few_steps, pairs, solver, distance, weight, target_decay)
+        super().__init__(networks, times, renoise, few_steps, pairs, solver, distance, weight, target_decay, prior_std)
         self.scales, self.scale = scales, scale
 
     @classmethod

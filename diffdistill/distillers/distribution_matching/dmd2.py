@@ -27,7 +27,7 @@ from diffdistill.distillers.distribution_matching.diff_instruct import generator
 from diffdistill.distillers.distribution_matching.matching import DistributionMatching, check_gan_weights
 from diffdistill.distillers.distribution_matching.weights import SampleWeight, inverse_omega, unit
 from diffdistill.errors import require_at_least
-from diffdistill.generator import Renoise, Until
+from diffdistill.generator import Generator, Renoise, Until, checked_prior
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
 from diffdistill.times import TimeLaw
@@ -41,7 +41,8 @@ Features = Literal["fake_score", "target"]
 class DMD2(DistributionMatching):
     """Beside DistributionMatching's: gan_law: law of t of the GAN's terms.  student_every: critic steps per student
     step.  gan_weight, critic_gan_weight: 0 and 0 is no GAN, no real data.  gan_features: whose bottleneck the heads
-    read, the fake score's (which then learns from the GAN too) or the frozen teacher's.
+    read, the fake score's (which then learns from the GAN too) or the frozen teacher's.  prior_std: of the student's
+    first input; None is the noise level of its first time.
     """
 
     critic_first = False
@@ -61,8 +62,10 @@ class DMD2(DistributionMatching):
         gan_weight: float,
         critic_gan_weight: float,
         gan_features: Features = "fake_score",
+        prior_std: float | None = None,
     ) -> None:
         super().__init__(networks, times, renoise, until, student_law, critic_law, weight, critic_weight)
+        self.prior_std = checked_prior(prior_std)
         self.gan_law, self.student_every, self.gan_features = gan_law, student_every, gan_features
         self.gan_weight, self.critic_gan_weight = gan_weight, critic_gan_weight
 
@@ -86,6 +89,10 @@ class DMD2(DistributionMatching):
     @property
     def critics(self) -> tuple[str, ...]:
         return ("fake_score", "discriminator") if self.gan_weight else ("fake_score",)
+
+    @property
+    def generator(self) -> Generator:
+        return Generator(self.networks["student"], self.times, self.renoise, self.prior_std)
 
     def student_is_due(self, step: int) -> bool:
         return step % self.student_every == 0

@@ -65,6 +65,19 @@ def load(path: str, family: type[Stock]) -> tuple[Any, Schedule]:
     return model, schedule
 
 
+def pipeline_class(path: str) -> Any:
+    """The class of the pipeline at `path` (a folder or hub id), in diffusers."""
+    import diffusers
+
+    index = _json(whole_folder(path, ("model_index.json",)) / "model_index.json", path)
+    return getattr(diffusers, index["_class_name"])
+
+
+def load_schedule(path: str) -> Schedule:
+    """The schedule of the pipeline at `path` (a folder or hub id)."""
+    return schedule_of(_json(whole_folder(path, (SCHEDULER, "model_index.json")) / SCHEDULER, path))
+
+
 def whole_folder(path: str, patterns: tuple[str, ...]) -> Path:
     """The folder of a pipeline; of one on the hub, the files that match, from its cache where they are there."""
     place = Path(resolve(path))

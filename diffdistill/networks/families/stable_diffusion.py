@@ -5,15 +5,19 @@ Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffdistill.config_errors import first_line
 from diffdistill.denoiser import Cond
-from diffdistill.networks.families.folder import load
+from diffdistill.errors import UserError
+from diffdistill.networks.diffusers import model_keywords
+from diffdistill.networks.families.folder import load, load_schedule
 from diffdistill.networks.families.stock import ReadsScale
+from diffdistill.networks.files import seeded
 
 
 class StableDiffusion(ReadsScale):
@@ -73,6 +77,27 @@ def _scale_embedding(w: Tensor, width: int) -> Tensor:
     )
     angle = 1000 * w[:, None] * frequencies
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def stable_diffusion_from_config(path: str, config: Mapping[str, Any], seed: int) -> StableDiffusion:
+    """With random weights. path: of the pipeline around it.  config: of diffusers' UNet2DConditionModel."""
+    from diffusers import UNet2DConditionModel
+
+    keywords = model_keywords(config, UNet2DConditionModel, _COUNTS)
+    with seeded(seed):
+        try:
+            model = UNet2DConditionModel(**keywords)
+        except Exception as error:  # diffusers leaves most of its keywords unchecked
+            fix = first_line(error) or repr(error)
+            raise UserError("config", "must build a diffusers UNet2DConditionModel", keywords, fix) from error
+    return StableDiffusion(model, load_schedule(path), 1.0)
+
+
+# sizes of which none makes no network
+_COUNTS = {
+    "sample_size", "in_channels", "out_channels", "block_out_channels", "layers_per_block", "norm_num_groups",
+    "cross_attention_dim", "attention_head_dim",
+}  # fmt: skip
 
 
 def stable_diffusion(path: str, guidance: float = 1.0) -> StableDiffusion:

@@ -26,21 +26,27 @@ def embedded(
     path: str, family: Stock, texts: Sequence[str], negative: str | None, batch_size: int, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Conditions of the prompts [N, ...] and of no prompt [1, ...] (or of the negative one), float32 on the CPU."""
-    pipeline = _encoders(path).to(device)
-    found: list[dict[str, Tensor]] = []
-    for first in range(0, len(texts), batch_size):
-        found.append(_kept(family.words(pipeline, list(texts[first : first + batch_size]))))
-    null = _kept(family.no_words(pipeline, negative))
+    pipeline = encoders(path).to(device)
+    found = told(family, pipeline, texts, batch_size)
+    null = kept(family.no_words(pipeline, negative))
     del pipeline
     gc.collect()
-    return {key: torch.cat([one[key] for one in found]) for key in null}, null
+    return {key: found[key] for key in null}, null
 
 
-def _kept(cond: dict[str, Tensor]) -> dict[str, Tensor]:
+@torch.no_grad()
+def told(family: Stock, pipeline: Any, texts: Sequence[str], batch_size: int) -> dict[str, Tensor]:
+    """Conditions of the prompts [N, ...] by the encoders in `pipeline`, float32 on the CPU."""
+    blocks = range(0, len(texts), batch_size)
+    found = [kept(family.words(pipeline, list(texts[first : first + batch_size]))) for first in blocks]
+    return {key: torch.cat([one[key] for one in found]) for key in found[0]}
+
+
+def kept(cond: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in cond.items()}
 
 
-def _encoders(path: str) -> Any:
+def encoders(path: str) -> Any:
     """The pipeline at `path` without what draws."""
     from diffusers import DiffusionPipeline
 
