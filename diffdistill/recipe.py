@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -16,6 +16,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.networks.attention import set_attention
+from diffdistill.networks.codec import PIXELS
 from diffdistill.networks.files import seeded
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.rng import Rng
@@ -62,7 +63,7 @@ def assemble_parts(settings: Mapping[str, Any], data: Data, teacher: Any) -> Rec
     part = build(settings["distiller"])
     needs, roles = _asked(part)
     scale, interval = _guidance(settings["guidance"])
-    has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp"}
+    has = data.provides | ({"null"} if teacher.null is not None else set()) | {"jvp", "codec"}
     example = data.conditions(Rng(0, 0, "example", range(1)))
     has |= {"condition"} if example else set()
     # made by the teacher's sampler before the first step
@@ -88,6 +89,7 @@ def assemble_parts(settings: Mapping[str, Any], data: Data, teacher: Any) -> Rec
             adapter=build(settings["adapter"]) if "adapter" in settings else None,
             guidance_scale=scale,
             guidance_interval=interval,
+            codec=(getattr(data, "codec", None) or PIXELS) if "codec" in needs else PIXELS,
         )
     for role, node in (settings.get("attention") or {}).items():
         _attend(networks, str(role), node)
@@ -135,7 +137,16 @@ def _guidance(node: Any) -> tuple[float, tuple[float, float] | None]:
     return _limits(**{str(key): value for key, value in plain.items()})  # type: ignore[union-attr]
 
 
-def _limits(scale: float, interval: tuple[float, float] | None = None) -> tuple[float, tuple[float, float] | None]:
+# what a scale of one's own is called by: how much is added to it for w, which is 1 without guidance
+CONVENTIONS = {"full": 0.0, "added": 1.0}
+
+
+def _limits(
+    scale: float,
+    interval: tuple[float, float] | None = None,
+    convention: Literal["full", "added"] = "full",
+) -> tuple[float, tuple[float, float] | None]:
+    scale = scale + CONVENTIONS[convention]
     if interval is None:
         return float(scale), None
     low, high = (float(time) for time in interval)

@@ -20,10 +20,10 @@ from diffdistill.rng import Rng
 from diffdistill.shapes import COUNTS, attributes, captions, render
 
 LENGTH = 12  # tokens of a prompt
-VAE_STEPS = 3000
-VAE_BATCH = 16
-VAE_LR = 3e-3
-KL_WEIGHT = 1e-5  # per value, beside the mean absolute error
+VAE_STEPS = 4000
+VAE_BATCH = 32
+VAE_LR = 2e-3
+KL_WEIGHT = 1e-6  # per value, beside the mean absolute error
 TEXT_STEPS = 300
 BEGIN, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "<pad>", "<unk>"
 SCHEDULER = {
@@ -35,6 +35,7 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
     "set_alpha_to_one": False,
     "clip_sample": False,
+    "steps_offset": 1,  # not of trailing timesteps; pipelines warn without
 }
 UNET = {
     "sample_size": 8,
@@ -119,6 +120,8 @@ def trained_vae() -> Any:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if step % 500 == 499:
+            print(f"VAE step {step + 1}: loss {loss.item():.4f}", flush=True)
     vae = vae.eval().requires_grad_(False)
     z = vae.encode(_pictures(0, 1000, "scale")).latent_dist.mode()
     vae.register_to_config(scaling_factor=float(1 / z.std()))  # this pipeline knows no shift

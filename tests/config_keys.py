@@ -7,7 +7,7 @@ import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from tiny_families import TINY
@@ -154,7 +154,10 @@ def _one(verb: str, words: tuple[str, ...], key: str, value: Any, hint: Any, own
 # Functions that build a class of diffusers from `config`.
 _MODELS = {"unet2d_from_config": "UNet2DModel", "wan_from_config": "WanTransformer3DModel"}
 # Annotations of what lies in mappings that verbs take as they are.
-_INSIDE = {"guidance.scale": float, "guidance.interval": tuple[float, float] | None}
+_INSIDE = {
+    "guidance.scale": float, "guidance.interval": tuple[float, float] | None,
+    "guidance.convention": Literal["full", "added"],
+}  # fmt: skip
 
 
 def files_of(words: tuple[str, ...], verb: str) -> frozenset[str]:

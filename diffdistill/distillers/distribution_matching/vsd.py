@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffdistill import losses
@@ -28,6 +29,7 @@ from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.diff_instruct import generator_loss
 from diffdistill.distillers.distribution_matching.matching import DistributionMatching
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
+from diffdistill.distillers.guidance.scales import UniformScale, guided_by
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.generator import Renoise, Until
 from diffdistill.networks.roles import Networks, Role
@@ -43,6 +45,7 @@ Alignment = Callable[[Tensor, Cond], Tensor]
 class VSD(DistributionMatching):
     """Beside DistributionMatching's: null_share: of the critic's batches without condition.  alignment: cos, None is
     off.  alignment_threshold, alignment_weight: of its hinge.  alignment_steps: when its weight has fallen to 0.
+    scales: law of a guidance scale per sample, for both scores alike (SNOOPI, arXiv:2412.02687); None: the teacher's.
     """
 
     critic_first = False
@@ -62,11 +65,12 @@ class VSD(DistributionMatching):
         alignment_threshold: float,
         alignment_weight: float,
         alignment_steps: int,
+        scales: UniformScale | None = None,
     ) -> None:
         super().__init__(networks, times, renoise, until, student_law, critic_law, weight, critic_weight)
         self.null_share, self.alignment = null_share, alignment
         self.alignment_threshold, self.alignment_weight = alignment_threshold, alignment_weight
-        self.alignment_steps = alignment_steps
+        self.alignment_steps, self.scales = alignment_steps, scales
 
     @classmethod
     def needs(
@@ -75,6 +79,8 @@ class VSD(DistributionMatching):
         alignment_threshold: float = 0.0,
         alignment_weight: float = 0.0,
         alignment_steps: int = 1,
+        alignment: Alignment | None = None,
+        scales: UniformScale | None = None,
         **hyperparameters: Any,
     ) -> frozenset[str]:
         if not 0 <= null_share < 1:
@@ -83,7 +89,8 @@ class VSD(DistributionMatching):
             raise UserError("alignment_threshold", "must lie in [-1, 1], a cosine", alignment_threshold, "v2: 0.35.")
         require_at_least(0, alignment_weight=alignment_weight)
         require_at_least(1, alignment_steps=alignment_steps)
-        return frozenset({"null"} if null_share else set())
+        null = {"null"} if null_share or scales is not None else set()
+        return frozenset(null | ({"codec"} if alignment is not None else set()))
 
     @classmethod
     def roles(cls, **hyperparameters: Any) -> Mapping[str, Role]:
@@ -93,12 +100,20 @@ class VSD(DistributionMatching):
     def fake_score(self) -> Denoiser:
         return self.networks["fake_score"].guided(self.target.guidance)
 
+    def scores(self, rng: Rng) -> tuple[Denoiser, Denoiser]:
+        """Teacher and fake score under one guidance."""
+        if self.scales is None:
+            return self.target, self.fake_score
+        w = self.scales(rng.fork("scales"), torch.promote_types(self.networks.dtype, torch.float32))
+        return guided_by(self.networks, "target", w), guided_by(self.networks, "fake_score", w)
+
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         weight = self.alignment_weight * max(0.0, 1 - rng.step / self.alignment_steps)
         rng = self.stream(rng)
         x0 = self.student_samples(batch, rng)
         t, eps = self.noise(self.student_law, x0, rng)
-        loss = generator_loss(self.target, self.fake_score, x0, eps, t, batch.cond, weight=self.weight)
+        target, fake_score = self.scores(rng)
+        loss = generator_loss(target, fake_score, x0, eps, t, batch.cond, weight=self.weight)
         terms = {"vsd": loss.mean()}
         if self.alignment is not None and weight:
             cosine = self.alignment(self.networks.codec.decode(x0), batch.cond)

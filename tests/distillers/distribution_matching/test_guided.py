@@ -9,9 +9,10 @@ from quadrature import ALPHA, SIGMA, Fixed, denoiser
 from diffdistill.config import compose
 from diffdistill.denoiser import Denoiser, Guidance
 from diffdistill.distillers.base import Batch, Loss
-from diffdistill.distillers.distribution_matching import sid, sid_lsg
+from diffdistill.distillers.distribution_matching import sid, sid_lsg, vsd
 from diffdistill.distillers.distribution_matching.sid_few_step import linear_times
 from diffdistill.distillers.distribution_matching.weights import unit
+from diffdistill.distillers.guidance.scales import UniformScale
 from diffdistill.errors import UserError
 from diffdistill.losses import denoising, unit_weight
 from diffdistill.networks.call import recorded_passes
@@ -71,6 +72,45 @@ def test_both_scores_of_vsd_are_guided_alike() -> None:
     with recorded_passes() as passes:
         loss_of(plain, "student")
     assert [done.role for done in passes].count("fake_score") == 1
+
+
+def test_a_scale_of_each_sample_guides_both_scores_of_vsd() -> None:
+    """SNOOPI: equal ends are that scale for all; else each sample's loss is that under its own w."""
+    law = "{_target_: diffdistill.distillers.guidance.scales.UniformScale, low: %s, high: %s}"
+    fixed, equal = mlp_recipe("vsd", "guidance.scale=3"), mlp_recipe("vsd", "distiller.scales=" + law % (3, 3))
+    several = mlp_recipe("vsd", "distiller.scales=" + law % (0.5, 4))
+    for recipe in (fixed, equal, several):
+        disturb(recipe)
+    torch.testing.assert_close(student_gradient(equal), student_gradient(fixed))
+    method = several.distiller
+    assert isinstance(method, vsd.VSD)
+    rng = method.stream(Rng(0, 0, "student", range(32)))
+    rng.normal((32, 2), torch.float32), rng.uniform((32,), torch.float32)
+    target, fake_score = method.scores(rng)
+    assert target.guidance is not None and fake_score.guidance is not None
+    w = target.guidance.scale
+    assert isinstance(w, torch.Tensor) and torch.equal(w, fake_score.guidance.scale)  # type: ignore[arg-type]
+    assert len(set(w.tolist())) == 32 and w.min() >= 0.5 and w.max() <= 4 and w.max() - w.min() > 2
+    x, t = torch.randn(32, 2), torch.full((32,), 0.7)
+    cond = batch_of(several).cond
+    for i in (0, 9):
+        alone = several.networks["target"].guided(Guidance(float(w[i]), several.networks.teacher.null))
+        torch.testing.assert_close(target(x, t, cond)[i], alone(x, t, cond)[i])
+    assert "null" in vsd.VSD.needs(scales=UniformScale(1, 2)) and "null" not in vsd.VSD.needs()
+    assert "codec" in vsd.VSD.needs(alignment=lambda x, cond: x)
+
+
+def test_scales_of_other_conventions_are_converted() -> None:
+    """D_c + s (D_c - D_null) is w = s + 1: LCM's script, and papers that write (1 + s) D_c - s D_null."""
+    recipe = mlp_recipe("vsd", "guidance.scale=3.5", "guidance.convention=added")
+    guidance = recipe.networks["target"].guidance
+    assert guidance is not None and guidance.scale == 4.5
+    x, t, cond = torch.randn(32, 2), torch.full((32,), 0.7), batch_of(recipe).cond
+    plain = recipe.networks["target"].guided(None)
+    null = plain(x, t, {**cond, **{k: v.expand(32, *v.shape[1:]) for k, v in recipe.networks.teacher.null.items()}})
+    conditional = plain(x, t, cond)
+    torch.testing.assert_close(recipe.networks["target"](x, t, cond), conditional + 3.5 * (conditional - null))
+    assert mlp_recipe("vsd", "guidance.scale=0", "guidance.convention=added").networks["target"].guidance is None
 
 
 def test_vsd_drops_the_condition_of_whole_batches() -> None:
