@@ -17,12 +17,22 @@ from typing import Any
 
 from .errors import UserError
 
-__all__ = ["UserError", "compare", "doctor", "evaluate", "export", "sample", "train"]
+__all__ = ["UserError", "compare", "distill", "doctor", "evaluate", "export", "precompute", "sample", "train"]
 
 
 def train(*overrides: str, **keys: Any) -> Any:
     """Distil a teacher, or train one: `diffdistill train`."""
     return _verb("train", overrides, keys)
+
+
+def distill(model: str, *overrides: str, **keys: Any) -> Any:
+    """Distil a diffusers pipeline on prompts alone: `diffdistill distill`. overrides: of train."""
+    return _verb("distill", (), {"model": model, **({"overrides": list(overrides)} if overrides else {}), **keys})
+
+
+def precompute(*overrides: str, **keys: Any) -> Any:
+    """Encode captioned images for training: `diffdistill precompute`."""
+    return _verb("precompute", overrides, keys)
 
 
 def sample(*overrides: str, **keys: Any) -> Any:

@@ -37,6 +37,12 @@ VERBS = {
             "train run_dir=runs/x resume=true",
         ),
     ),
+    "distill": Verb(
+        "diffdistill.distill:distill",
+        "distill",
+        "distil a diffusers pipeline on prompts alone, by the recipe of a method's paper",
+        ("distill FOLDER_OR_HUB_ID method=dmd2 prompts=prompts.txt", "distill DIR method=vsd prompts=p.txt steps=1"),
+    ),
     "sample": Verb(
         "diffdistill.verbs:sample",
         "sample",
@@ -166,6 +172,10 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     from .cli_run import run
 
+    if name == "distill":
+        from .distill import arguments
+
+        rest = arguments(rest)
     return run(VERBS[name], *_options_and_overrides(rest))
 
 

@@ -58,6 +58,7 @@ def train(
     trajectories: DictConfig | None,
     resume: bool | Literal["auto"],
     compile: bool,
+    checkpointing: bool,
     command: str,
     dry_run: bool,
 ) -> dict[str, Any] | None:

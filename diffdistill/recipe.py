@@ -16,6 +16,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.networks.attention import set_attention
+from diffdistill.networks.call import checkpointed
 from diffdistill.networks.codec import PIXELS
 from diffdistill.networks.files import seeded
 from diffdistill.networks.roles import Networks, Role
@@ -60,6 +61,8 @@ def assemble_parts(settings: Mapping[str, Any], data: Data, teacher: Any) -> Rec
     if getattr(data, "unconditional", False) and teacher.null is None:
         fix = "Set it to false, or use a teacher with a null class."
         raise UserError("data.unconditional", "needs a network with a null condition", True, fix)
+    if settings.get("checkpointing"):
+        _checkpoint(teacher)
     part = build(settings["distiller"])
     needs, roles = _asked(part)
     scale, interval = _guidance(settings["guidance"])
@@ -96,6 +99,15 @@ def assemble_parts(settings: Mapping[str, Any], data: Data, teacher: Any) -> Rec
     distiller = build(settings["distiller"], networks=networks)
     sampler = build(settings["sampler"], denoiser=networks["teacher"])
     return Recipe(data, networks, distiller, needs, sampler)
+
+
+def _checkpoint(teacher: Any) -> None:
+    """Let the blocks of the teacher, and of copies made of it, repeat their forward pass in the backward one."""
+    backbone: Any = getattr(teacher, "backbone", None)
+    if not getattr(backbone, "_supports_gradient_checkpointing", False):
+        found = type(teacher).__name__
+        raise UserError("checkpointing", "needs a diffusers model that supports it", found, "Set it to false.")
+    backbone.enable_gradient_checkpointing(checkpointed)
 
 
 def _attend(networks: Networks, role: str, node: Any) -> None:

@@ -205,6 +205,7 @@ ANY_VALUE = {
     "noise": "every finite exponent",
     "train.command": "text that cards quote",
     "train.compile": "both are legal",
+    "train.checkpointing": "both are legal; a network that has none is refused",
     "train.dry_run": "both are legal",
     "bench step.quick": "both are legal",
     "bench attention.quick": "both are legal",

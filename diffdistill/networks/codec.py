@@ -53,8 +53,8 @@ def _normalisation(vae: Any) -> tuple[Any, Any]:
     """What a latent is multiplied by after what was subtracted, each as a function of a tensor like it."""
     config = vae.config
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    mean = getattr(vae, "latents_mean", None) if mean is None else mean  # LTX keeps buffers
-    std = getattr(vae, "latents_std", None) if std is None else std
+    buffers = dict(vae.named_buffers())  # where LTX keeps them
+    mean, std = buffers.get("latents_mean", mean), buffers.get("latents_std", std)
     factor = float(config.get("scaling_factor") or 1.0)
     if mean is not None and std is not None:
         return lambda z: factor / _channels(std, z), lambda z: _channels(mean, z)

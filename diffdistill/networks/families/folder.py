@@ -65,6 +65,28 @@ def load(path: str, family: type[Stock]) -> tuple[Any, Schedule]:
     return model, schedule
 
 
+def family_of(path: str) -> str:
+    """The config in configs/networks for the pipeline at `path` (a folder or hub id).
+
+    Raises UserError listing the known ones if it has no model of a known family.
+    """
+    place = whole_folder(path, ("*/config.json", "model_index.json"))
+    for part in ("unet", "transformer"):
+        if (place / part / "config.json").is_file():
+            config = _json(place / part / "config.json", path)
+            found = str(config.get("_class_name"))
+            if found == "UNet2DConditionModel" and config.get("addition_embed_type") == "text_time":
+                return "sdxl"
+            if found in NETWORKS:
+                return NETWORKS[found]
+            fix = (
+                f"Known are: {', '.join(NETWORKS)}. A new one is a file in diffdistill/networks/families and one in "
+                f"configs/networks."
+            )
+            raise UserError("model", "must be of a known family", found, fix)
+    raise UserError("model", "must hold a unet or a transformer", repr(path), "Give a whole pipeline.")
+
+
 def pipeline_class(path: str) -> Any:
     """The class of the pipeline at `path` (a folder or hub id), in diffusers."""
     import diffusers

@@ -1,0 +1,148 @@
+"""The verb distill: from a pipeline and prompts to a training run, with the recipe that its method's paper gives.
+
+It writes a `train` command line, says what it will cost, and runs it; every key of `train` may be given beside, and
+wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from diffdistill.config import build, call, compose, override
+from diffdistill.errors import UserError
+from diffdistill.launch import train
+from diffdistill.networks.families.folder import family_of, whole_folder
+from diffdistill.networks.families.stock import Stock
+from diffdistill.process import VP, RectifiedFlow
+
+Method = Literal["dmd2", "vsd", "tdm", "sid_lsg"]
+FEW = {"dmd2": 4, "vsd": 1, "tdm": 4, "sid_lsg": 1}  # steps, of each paper
+SOURCES = {
+    "dmd2": "arXiv:2405.14867 (SDXL, without its GAN)",
+    "vsd": "SwiftBrush, arXiv:2312.05239 (SD 2.1)",
+    "tdm": "arXiv:2503.06674 (PixArt)",
+    "sid_lsg": "arXiv:2406.01561 (SD 1.5)",
+}
+SID_TIME = 625  # SiD-LSG's students start here, of 1,000
+LARGE = 10**9  # parameters, above which student and critic are LoRAs of one backbone unless asked otherwise
+LORA_RATE = 1e-4  # of such a student and its critic; no paper's
+
+
+def distill(
+    model: str,
+    prompts: str,
+    method: Method,
+    steps: int | None,
+    run_dir: str | None,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+) -> Any:
+    """Distil the pipeline `model` (a folder or hub id) on the prompts of a file; returns the run's summary.
+
+    steps: of the student; None is what the method's paper does.  overrides: of `train`; they win.
+    """
+    words = recipe(model, prompts, method, steps, overrides)
+    settings = compose("train", [*words, *([] if run_dir is None else [override("run_dir", run_dir)])])
+    console = Console()
+    console.print(f"recipe: {method}, after {SOURCES[method]}", soft_wrap=True, highlight=False)
+    console.print("as: diffdistill train " + " ".join(words), soft_wrap=True, highlight=False)
+    for line in cost(settings):
+        console.print(line, soft_wrap=True, highlight=False)
+    settings.dry_run = dry_run
+    return call(settings, train)
+
+
+def recipe(model: str, prompts: str, method: Method, steps: int | None, overrides: Sequence[str]) -> list[str]:
+    """The words of the `train` command line.
+
+    Raises UserError if the pipeline's family is unknown or the method makes no student of so many steps.
+    """
+    whole_folder(model, ("*/config.json", "*/scheduler_config.json", "model_index.json"))
+    family = family_of(model)
+    words = [f"experiment=t2i_{method}", f"networks={family}", override("networks.path", model)]
+    words.append(override("data.path", prompts))
+    with torch.device("meta"):
+        network = build(compose("train", [*words, "run_dir=none"])["networks"])
+    if not isinstance(network, Stock) or "text" not in network.needs:
+        raise UserError("model", "must be told in words", model, "Use train with data of its own.")
+    words += _steps(network, method, FEW[method] if steps is None else steps)
+    if parameters(network) > LARGE:
+        modes = ("student",) if method == "vsd" else ("student", "fake_score")
+        words += [f"roles.{role}=lora" for role in modes] + ["lora.rank=64", "lora.alpha=64"]
+        words += [override("trainer.optimizer.default.lr", LORA_RATE)] if method != "vsd" else []
+        if method in ("vsd", "tdm"):
+            words.append(override("trainer.optimizer.student.lr", LORA_RATE))
+    return [*words, *overrides]
+
+
+def _steps(network: Stock, method: Method, steps: int) -> list[str]:
+    """The student's times, and how it goes on between them so that a stock pipeline steps it."""
+    if steps < 1 or (steps > 1 and FEW[method] == 1):
+        fix = "Use method=dmd2 or tdm for several." if steps > 1 else "1 is the least."
+        raise UserError("steps", f"must be {'>= 1' if steps < 1 else 1} for {method}", steps, fix)
+    process = network.process
+    if isinstance(process, RectifiedFlow):
+        shift = network.schedule.shift
+        shares = [1 - index / steps for index in range(steps)]
+        times: list[float] = [shift * u / (1 + (shift - 1) * u) for u in shares]
+        renoise = [] if steps == 1 or method == "tdm" else ["distiller.renoise._target_=diffdistill.generator.ddim"]
+        return [override("distiller.times", times), *renoise]
+    if not isinstance(process, VP):
+        raise UserError("model", "must have a variance preserving process or a flow", type(process).__name__,
+                        "Use train, and choose its times.")  # fmt: skip
+    count = process.num_steps
+    times = [float(round(count * (steps - index) / steps) - 1) for index in range(steps)]
+    if method == "sid_lsg":
+        times = [float(SID_TIME * count // 1000)]
+    words = [override("distiller.times", times)]
+    if method == "dmd2":  # as its code: unit noise at first, fresh noise in between
+        words += ["distiller.renoise._target_=diffdistill.generator.fresh", "distiller.prior_std=1"]
+    return words
+
+
+def parameters(network: Any) -> int:
+    """Of the pretrained model."""
+    return sum(weight.numel() for weight in network.parameters())
+
+
+def cost(settings: Mapping[str, Any]) -> list[str]:
+    """What a run will take, in lines: samples drawn, parameters, bytes of weights and optimizers at the least."""
+    from diffdistill.networks.lora import LoraSpec
+    from diffdistill.networks.roles import Networks
+
+    with torch.device("meta"):
+        network = build(settings["networks"])
+        part = build(settings["distiller"])
+        lora: LoraSpec = build(settings["lora"])
+        roles = part.func.roles(**part.keywords)
+        base = parameters(network)
+        networks = Networks(network, roles, (), {}, modes=dict(settings["roles"]), lora=lora)
+        trained = {role: sum(w.numel() for w in networks.weights(role)) for role in networks.trainable}
+    trainer = settings["trainer"]
+    samples = int(trainer["steps"]) * int(trainer["batch_size"]) * int(trainer["accumulate"])
+    # weights, gradients and two moments in float32; an average of the student; the frozen backbone once
+    least = 4 * base + 16 * sum(trained.values()) + 4 * trained.get("student", 0)
+    listed = ", ".join(f"{role} {count / 1e6:,.1f} M" for role, count in trained.items())
+    return [
+        f"teacher: {base / 1e6:,.1f} M parameters; trained: {listed}",
+        f"cost: {trainer['steps']:,} steps of {samples // int(trainer['steps'])} samples, {samples:,} in all; at least "
+        f"{least / 2**30:,.1f} GiB for weights, gradients and optimizers in float32, activations beside",
+    ]
+
+
+def arguments(words: Sequence[str]) -> list[str]:
+    """The words of the command line as keys of this verb: MODEL first, and train's keys gathered in overrides."""
+    own, others = [], []
+    for index, word in enumerate(words):
+        key, equals, _ = word.partition("=")
+        if not equals and index == 0 and not word.startswith("-"):
+            own.append(override("model", word))
+        elif not equals or key in ("model", "prompts", "method", "steps", "run_dir", "overrides", "dry_run"):
+            own.append(word)
+        else:
+            others.append(word)
+    return [*own, *([override("overrides", others)] if others else [])]
