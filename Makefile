@@ -63,13 +63,13 @@ regression: $(STAMP)
 	$(BIN)/python -m diffdistill.leaderboard runs/$* docs
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
 
 matrix: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" tests/test_matrix.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "" tests/test_matrix.py $(ARGS)
 
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills 100 $(ARGS)

@@ -51,6 +51,9 @@ def captioned(path: str, column: str | None) -> Captioned:
     if not shards and not place.is_dir():
         raise UserError("path", "must be a folder or a tar shard", repr(path), "There is neither.")
     found: Captioned = Shards(tuple(shards), column) if shards else Folder(place, column)
+    if column is not None and isinstance(found, Folder) and found.in_files:
+        fix = "Leave it out: a .txt beside an image is its caption."
+        raise UserError("column", "must be null for captions in files of their own", column, fix)
     if not len(found):
         fix = f"Put in files that end in {', '.join(IMG_EXTENSIONS)}, or tar shards of them."
         raise UserError("path", "must hold images", repr(path), fix)
@@ -78,6 +81,11 @@ class Folder:
                 fix = "Add its line."
                 raise UserError("path", "must hold a caption for every image", f"none for {file} in the metadata", fix)
         return files
+
+    @property
+    def in_files(self) -> bool:
+        """Whether captions lie in a file beside each image."""
+        return self._told is None
 
     @cached_property
     def _told(self) -> dict[str, str] | None:

@@ -6,7 +6,8 @@ wins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from diffdistill.launch import train
 from diffdistill.networks.families.folder import family_of, whole_folder
 from diffdistill.networks.families.stock import Stock
 from diffdistill.process import VP, RectifiedFlow
+from diffdistill.prompts import read_prompts
 
 Method = Literal["dmd2", "vsd", "tdm", "sid_lsg"]
 FEW = {"dmd2": 4, "vsd": 1, "tdm": 4, "sid_lsg": 1}  # steps, of each paper
@@ -47,6 +49,8 @@ def distill(
     """
     words = recipe(model, prompts, method, steps, overrides)
     settings = compose("train", [*words, *([] if run_dir is None else [override("run_dir", run_dir)])])
+    with _told_as("data.path", "prompts"):
+        read_prompts(str(settings["data"]["path"]), settings["data"].get("column"))
     console = Console()
     console.print(f"recipe: {method}, after {SOURCES[method]}", soft_wrap=True, highlight=False)
     console.print("as: diffdistill train " + " ".join(words), soft_wrap=True, highlight=False)
@@ -56,13 +60,27 @@ def distill(
     return call(settings, train)
 
 
+@contextmanager
+def _told_as(key: str, name: str) -> Iterator[None]:
+    """Within, mistakes in `key` are told as mistakes in this verb's `name`."""
+    try:
+        yield
+    except UserError as error:
+        if error.key != key:
+            raise
+        raise UserError(name, error.constraint, error.value, error.fix) from error
+
+
 def recipe(model: str, prompts: str, method: Method, steps: int | None, overrides: Sequence[str]) -> list[str]:
     """The words of the `train` command line.
 
     Raises UserError if the pipeline's family is unknown or the method makes no student of so many steps.
     """
-    whole_folder(model, ("*/config.json", "*/scheduler_config.json", "model_index.json"))
-    family = family_of(model)
+    if not model or not prompts:
+        raise UserError("prompts" if model else "model", "must be given", "nothing", "Name a file, or a folder.")
+    with _told_as("path", "model"):
+        whole_folder(model, ("*/config.json", "*/scheduler_config.json", "model_index.json"))
+        family = family_of(model)
     words = [f"experiment=t2i_{method}", f"networks={family}", override("networks.path", model)]
     words.append(override("data.path", prompts))
     with torch.device("meta"):

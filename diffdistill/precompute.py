@@ -24,6 +24,7 @@ from torch import Tensor
 
 from diffdistill.captioned import Captioned, captioned, covering, nearest_bucket
 from diffdistill.config import build
+from diffdistill.config_errors import first_line
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.image_folder import converted
 from diffdistill.latents import CARD, write_card, write_shard
@@ -70,8 +71,10 @@ def precompute(
         fix = "Use networks=sd15, sdxl, pixart, sd3, flux, ... with networks.path."
         raise UserError("networks", "must be a text-to-image pipeline", type(network).__name__, fix)
     factors = latent_factors(pipeline)
-    shown = [network.latents(size, 1, *factors)[1] for size in (sizes or [None])]
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if sizes is not None and (not sizes or min(map(min, sizes)) < 1):
+        raise UserError("sizes", "must be [[height, width], ...], each >= 1", list(sizes), "[[512,512]], say.")
+    shown = [_shown(network, size, factors) for size in (sizes or [None])]
+    place = _device(device)
     card = {
         "pipeline": pipeline, "vae": vae_sha256(pipeline), "source": path, "images": len(source), "column": column,
         "sizes": [list(size) for size in shown], "upscale": upscale, "negative": negative, "per_chunk": per_chunk,
@@ -96,6 +99,23 @@ def precompute(
             work.do(folder, chunk, range(first, min(first + per_chunk, len(source))), words, codec, max_broken)
     _report(folder, len(source), max_broken)
     return out
+
+
+def _shown(network: Stock, size: tuple[int, int] | None, factors: tuple[int, int]) -> tuple[int, int]:
+    """Pixels of a bucket, height and width; None is the model's own."""
+    try:
+        return network.latents(size, 1, *factors)[1]
+    except UserError as error:
+        raise UserError("sizes", error.constraint, error.value, error.fix) from error
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError("device", "must be one that is here", repr(name), first_line(error)) from error
+    return place
 
 
 def _check_folder(folder: Path, card: Mapping[str, Any]) -> None:

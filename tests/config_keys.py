@@ -20,7 +20,10 @@ from diffdistill.config_types import arms, dot, item_hint, parameters
 
 # A valid value for each key that a shipped file leaves open (???); IMAGES stands for a folder of images, beside which
 # lie tiny pipelines of every family, latents for each, and a file of prompts.
-MANDATORY = {"run": "FINISHED", "out": "exported", "data.path": "IMAGES", "networks.path": "asset:digits"}
+MANDATORY = {
+    "run": "FINISHED", "out": "exported", "data.path": "IMAGES", "networks.path": "asset:digits",
+    "path": "IMAGES/../captioned", "model": "IMAGES/../families/sd15", "prompts": "IMAGES/../prompts.txt",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,17 +60,19 @@ def command_lines() -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _given(key: str, words: tuple[str, ...]) -> str:
-    family = next((name for name in TINY if f"networks={name}" in words), None)
+    told = any(word.startswith("experiment=t2i_") for word in words)
+    family = "sd15" if told else next((name for name in TINY if f"networks={name}" in words), None)
     if family is None or key not in ("data.path", "networks.path"):
         return MANDATORY[key]
     if key == "networks.path":
         return f"IMAGES/../families/{family}"
-    return "IMAGES/../prompts.txt" if "data=prompts" in words else f"IMAGES/../latents/{family}"
+    return "IMAGES/../prompts.txt" if told or "data=prompts" in words else f"IMAGES/../latents/{family}"
 
 
 def _choices() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield from (("sample", ("run=FINISHED",)), ("evaluate", ("run=FINISHED",)), ("export", ()), ("doctor", ()))
     yield from (("bench step", ()), ("bench attention", ()), ("train", ("experiment=gmm2d_dmd2",)))  # points are quick
+    yield from (("precompute", ("networks=sd15",)), ("distill", ()))
     yield "compare", ("data=gmm2d", "budget.iterations=1", "distillers=[sid]", "out=new", "dry_run=true")
     groups = config_files.groups()
     for group, options in groups.items():
@@ -152,7 +157,11 @@ def _one(verb: str, words: tuple[str, ...], key: str, value: Any, hint: Any, own
 
 
 # Functions that build a class of diffusers from `config`.
-_MODELS = {"unet2d_from_config": "UNet2DModel", "wan_from_config": "WanTransformer3DModel"}
+_MODELS = {
+    "unet2d_from_config": "UNet2DModel",
+    "wan_from_config": "WanTransformer3DModel",
+    "stable_diffusion_from_config": "UNet2DConditionModel",
+}
 # Annotations of what lies in mappings that verbs take as they are.
 _INSIDE = {
     "guidance.scale": float, "guidance.interval": tuple[float, float] | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -173,6 +174,15 @@ RANGES: dict[str, tuple[str, ...]] = {
     "stride": ("0", "5"),
     "zoom": COUNT,
     # families
+    "prior_std": POSITIVE,
+    "sizes": ("[]", "[[0,16]]", "[[7,8]]", "[8]"),
+    "per_chunk": COUNT,
+    "max_broken": ("-0.1", "1.0"),
+    "precompute.path": ("nowhere", "''", "LONGNAME"),
+    "precompute.out": ("''", "FINISHED", "LONGNAME"),
+    "model": ("nowhere", "''", "LONGNAME"),
+    "distill.steps": COUNT,
+    "distill.overrides": ("[nowhere=1]",),
     "stable_diffusion.guidance": POSITIVE,
     "flux.guidance": POSITIVE,
     "hunyuan_video.guidance": POSITIVE,
@@ -188,6 +198,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "num_attention_heads": COUNT,
     "attention_head_dim": COUNT,
     "text_dim": COUNT,
+    "cross_attention_dim": COUNT,
     "freq_dim": COUNT,
     "ffn_dim": COUNT,
     "num_layers": COUNT,
@@ -207,6 +218,8 @@ ANY_VALUE = {
     "train.compile": "both are legal",
     "train.checkpointing": "both are legal; a network that has none is refused",
     "train.dry_run": "both are legal",
+    "distill.dry_run": "both are legal",
+    "upscale": "both are legal",
     "bench step.quick": "both are legal",
     "bench attention.quick": "both are legal",
     "Trainer.seed": "every integer seeds the package's own draws",
@@ -271,12 +284,25 @@ def enrolled() -> Iterator[Key]:
                 yield key
 
 
-KEYS = list(enrolled())
-# Each parameter of each function and class once: the default tests. The slow ones try it at every place it stands.
-ONCE = list({(key.owner or key.name, key.name.rpartition(".")[2]): key for key in reversed(KEYS)}.values())
-places = pytest.mark.parametrize(
-    "chosen", [ONCE, pytest.param(KEYS, marks=pytest.mark.slow)], ids=["once", "everywhere"]
-)
+@functools.cache  # composing every file takes a minute: where a test asks for them, not where they are collected
+def every_key() -> list[Key]:
+    return list(enrolled())
+
+
+def chosen_keys(places: str) -> list[Key]:
+    """ "once": each parameter of each function and class at one place, the default; "everywhere": all places."""
+    if places == "everywhere":
+        return every_key()
+    return list({(key.owner or key.name, key.name.rpartition(".")[2]): key for key in reversed(every_key())}.values())
+
+
+def some(places: str) -> list[Key]:
+    """A third of the chosen keys by default: what the check of types and names does is the same for all."""
+    return [key for key in chosen_keys(places) if places == "everywhere" or zlib.crc32(key.name.encode()) % 3 == 0]
+
+
+in_places = pytest.mark.parametrize("places", ["once", pytest.param("everywhere", marks=pytest.mark.slow)])
+pytestmark = pytest.mark.xdist_group("every key")  # one process composes the files
 
 
 @pytest.fixture(scope="module")
@@ -354,41 +380,45 @@ def test_every_file_is_read_and_every_key_has_a_range_or_a_reason() -> None:
     shipped = {verb.config for verb in VERBS.values()}
     shipped |= {f"{group}/{option}" for group, options in config_files.groups().items() for option in options}
     assert read == shipped
-    open_ = [key for key in KEYS if not is_node(key) and not ranges(key) and not any(n in ANY_VALUE for n in key.names)]
+    open_ = [
+        key
+        for key in every_key()
+        if not is_node(key) and not ranges(key) and not any(n in ANY_VALUE for n in key.names)
+    ]
     assert not open_, "give these a row in RANGES or ANY_VALUE: " + ", ".join(f"{k.name} ({k.owner})" for k in open_)
-    names = {name for key in KEYS for name in key.names}
+    names = {name for key in every_key() for name in key.names}
     assert not [name for name in (*RANGES, *ANY_VALUE) if name not in names and "." in name]
 
 
-@places
+@in_places
 def test_a_wrong_type_is_told_in_one_message_that_names_the_key(
-    chosen: list[Key], here: Path, finished: Path, images: Path
+    places: str, here: Path, finished: Path, images: Path
 ) -> None:
     cases = [
         (key, f"{key.name}={value}", key.name)
-        for key in chosen
+        for key in some(places)
         if (value := wrong_type(key)) and not is_inner_word(key)
     ]
     report(faults(cases, finished, images))
     assert not list(here.iterdir())
 
 
-@places
+@in_places
 def test_a_value_out_of_range_is_told_in_one_message_that_names_the_key(
-    chosen: list[Key], here: Path, finished: Path, images: Path
+    places: str, here: Path, finished: Path, images: Path
 ) -> None:
-    most = 1 if chosen is ONCE else None
-    cases = [(key, f"{key.name}={value}", named(key)) for key in chosen for value in ranges(key)[:most]]
+    most = 1 if places == "once" else None
+    cases = [(key, f"{key.name}={value}", named(key)) for key in chosen_keys(places) for value in ranges(key)[:most]]
     report(faults(cases, finished, images))
     assert not list(here.iterdir())
 
 
-@places
-def test_a_misspelt_key_is_told_with_the_right_one(chosen: list[Key], here: Path, finished: Path, images: Path) -> None:
+@in_places
+def test_a_misspelt_key_is_told_with_the_right_one(places: str, here: Path, finished: Path, images: Path) -> None:
     # names in a plain mapping are the user's own: there the wrong one is named
     cases = [
         (key, f"{misspelt(key)}=1", f"Did you mean {key.name}" if key.owner else misspelt(key))
-        for key in chosen
+        for key in some(places)
         if not is_inner_word(key)
     ]
     report(faults(cases, finished, images))
@@ -396,10 +426,10 @@ def test_a_misspelt_key_is_told_with_the_right_one(chosen: list[Key], here: Path
 
 
 def test_random_command_lines_end_in_one_message_and_touch_no_other_run(tmp_path: Path) -> None:
-    found = fuzz(tmp_path, num_lines=250, num_real=0, seed=3)
+    found = fuzz(tmp_path, num_lines=120, num_real=0, seed=3)
     report(found.faults)
     assert set(found.statuses) == {0, 2}
-    assert found.statuses[0] > 25  # good lines are among them
+    assert found.statuses[0] > 12  # good lines are among them
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import diffusers
 import torch
+from PIL import Image
 from torch import Tensor
 
 from diffdistill.latents import write
@@ -78,8 +79,8 @@ class Tiny:
 
 
 def write_families(folder: Path) -> None:
-    """Under `folder`: families/NAME, pipelines without encoders, except Stable Diffusion's; latents/NAME for each; and
-    prompts.txt."""
+    """Under `folder`: families/NAME, pipelines without encoders, except Stable Diffusion's; latents/NAME for each;
+    prompts.txt; and captioned, two images."""
     from tiny_pipelines import written
 
     for name, tiny in TINY.items():
@@ -93,6 +94,10 @@ def write_families(folder: Path) -> None:
             (place / "model_index.json").write_text("{}")
         write(folder / "latents" / name, torch.zeros(2, *tiny.shape), tiny.conditions(2), tiny.conditions(1), "nowhere")
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    (folder / "captioned").mkdir()
+    for i, caption in enumerate(("a red circle", "a blue square")):
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(folder / "captioned" / f"{i}.png")
+        (folder / "captioned" / f"{i}.txt").write_text(caption)
 
 
 def _flow(**keywords: Any) -> Any:
