@@ -99,6 +99,10 @@ lint: $(STAMP)
 assets: $(STAMP)
 	$(BIN)/diffdistill train experiment=digits_teacher run_dir=runs/assets/digits $(ARGS)
 	$(BIN)/diffdistill train experiment=gmm2d_teacher run_dir=runs/assets/gmm2d $(ARGS)
+	$(BIN)/python -m diffdistill.evaluation.shape_features --out runs/assets/shapes_features
+	$(BIN)/python -m diffdistill.shapes_pipeline --out runs/assets/shapes_base
+	$(BIN)/diffdistill train experiment=shapes_t2i_teacher networks.path=runs/assets/shapes_base \
+		run_dir=runs/assets/shapes_t2i $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
