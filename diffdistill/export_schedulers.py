@@ -9,12 +9,13 @@ steps keeps the scheduler of its pipeline.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 
-from diffdistill import wan_parts
 from diffdistill.denoiser import Denoiser, FlowMap
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator, ddim, fresh, fresh_from_t_min
@@ -81,13 +82,37 @@ def _flow(network: Stock, times: tuple[float, ...]) -> Stepped:
         return Stepped(FlowMatchEulerDiscreteScheduler(), {**call, "sigmas": list(times)})
     if network.grid != "":
         raise _no_grid(network)
-    scheduler = wan_parts.scheduler(times)
+    scheduler = flow_scheduler(times)
     scheduler.set_timesteps(len(times))
     for time, nearest in zip(times, scheduler.sigmas.tolist(), strict=False):
         if not abs(time - nearest) <= TIME_TOLERANCE * max(1.0, abs(nearest)):
             constraint = "must lie on a grid of FlowMatchEulerDiscreteScheduler"
             raise UserError("distiller.times", constraint, time, f"The nearest is {nearest:.8g}.")
     return Stepped(scheduler, call)
+
+
+def flow_scheduler(times: Sequence[float]) -> Any:
+    """FlowMatchEulerDiscreteScheduler whose grid for len(times) steps is `times`, decreasing from 1, then 0.
+
+    Two of its numbers bend its equal steps: shift, and shift_terminal, where it stretches the last time to. Together
+    they give every grid that a fractional linear map makes of equal steps, `solvers.flow_shift`'s among them; for
+    others the scheduler's grid differs, which the caller has to look at.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if len(times) == 1:
+        return FlowMatchEulerDiscreteScheduler()
+    first, last = times[1], times[-1]
+    step, rest = 1 / (len(times) - 1), (1 - first) / (1 - last)
+    bend = 0.0 if len(times) == 2 else (step - rest) / (step * (1 - rest))
+
+    def gap(shift: float) -> float:
+        lowest = 0.001 * shift / (1 + (shift - 1) * 0.001)  # of the scheduler's own 1,000 times, shifted once already
+        return (shift - 1) * (1 - lowest) / shift - bend
+
+    most = 31.0  # beyond it the second shift of `lowest` bends the grid back
+    shift = brentq(gap, 1e-3, most) if gap(1e-3) < 0 < gap(most) else 1.0
+    return FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=last)
 
 
 def _variance_preserving(network: Stock, sampler: Generator) -> Stepped:

@@ -22,6 +22,7 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.errors import UserError
 from diffdistill.export_cards import command_of, figures_table, licence_of, write_card
 from diffdistill.export_check import check_close, made_alone, same_draws
+from diffdistill.export_schedulers import flow_scheduler
 from diffdistill.generator import Generator, ddim
 from diffdistill.moving_digits import prompts
 from diffdistill.networks.attention import restore_attention, set_attention
@@ -62,7 +63,7 @@ def sampler_times(sampler: Any) -> tuple[float, ...]:
 
 def check_grid(times: tuple[float, ...]) -> None:
     """Refuse times that the exported scheduler does not call at, naming the nearest that it does."""
-    scheduler = wan_parts.scheduler(times)
+    scheduler = flow_scheduler(times)
     scheduler.set_timesteps(len(times))
     for time, legal in zip(times, scheduler.sigmas.tolist(), strict=False):
         if not abs(time - legal) <= TIME_TOLERANCE:
@@ -100,7 +101,7 @@ def write_parts(network: Wan, sampler: Sampler, folder: Path, settings: Mapping[
     if path is None:
         pipeline = wan_parts.pipeline(transformer, times)
     else:
-        scheduler = wan_parts.scheduler(times)
+        scheduler = flow_scheduler(times)
         with quiet_libraries():
             pipeline = WanPipeline.from_pretrained(str(resolve(path)), transformer=transformer, scheduler=scheduler)
     with quiet_libraries():

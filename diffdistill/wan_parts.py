@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from scipy.optimize import brentq
 from torch import Tensor, nn
 
+from diffdistill.export_schedulers import flow_scheduler
 from diffdistill.moving_digits import prompts
 from diffdistill.networks.files import quiet_libraries, seeded
 from diffdistill.networks.wan import PROMPTS
@@ -51,30 +51,6 @@ def text_encoder(vocabulary: int) -> Any:
     )
     with seeded(0):
         return UMT5EncoderModel(config).eval()
-
-
-def scheduler(times: Sequence[float]) -> Any:
-    """FlowMatchEulerDiscreteScheduler whose grid for len(times) steps is `times`, decreasing from 1, then 0.
-
-    Two of its numbers bend its equal steps: shift, and shift_terminal, where it stretches the last time to. Together
-    they give every grid that a fractional linear map makes of equal steps, `solvers.flow_shift`'s among them; for
-    others the scheduler's grid differs, which the caller has to look at.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    if len(times) == 1:
-        return FlowMatchEulerDiscreteScheduler()
-    first, last = times[1], times[-1]
-    step, rest = 1 / (len(times) - 1), (1 - first) / (1 - last)
-    bend = 0.0 if len(times) == 2 else (step - rest) / (step * (1 - rest))
-
-    def gap(shift: float) -> float:
-        lowest = 0.001 * shift / (1 + (shift - 1) * 0.001)  # of the scheduler's own 1,000 times, shifted once already
-        return (shift - 1) * (1 - lowest) / shift - bend
-
-    most = 31.0  # beyond it the second shift of `lowest` bends the grid back
-    shift = brentq(gap, 1e-3, most) if gap(1e-3) < 0 < gap(most) else 1.0
-    return FlowMatchEulerDiscreteScheduler(shift=shift, shift_terminal=last)
 
 
 @torch.no_grad()
@@ -135,7 +111,7 @@ def pipeline(transformer: Any, times: Sequence[float]) -> Any:
             tokenizer=words,
             text_encoder=text_encoder(len(words)),
             vae=identity_vae(),
-            scheduler=scheduler(times),
+            scheduler=flow_scheduler(times),
             transformer=transformer,
         )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import diffdistill
-from diffdistill import export_video
+from diffdistill import export_video, wan_parts
 from diffdistill.config import compose
 from diffdistill.errors import UserError
 from diffdistill.evaluation import factors
@@ -92,9 +92,9 @@ def test_a_folder_runs_in_diffusers_alone_and_with_its_masks(recipe: Recipe, tmp
 
 
 def test_a_folder_that_differs_is_not_written(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = export_video.wan_parts.scheduler
+    original = export_video.flow_scheduler
     monkeypatch.setattr(export_video, "check_grid", lambda times: None)
-    monkeypatch.setattr(export_video.wan_parts, "scheduler", lambda times: original((1.0, 0.5)))
+    monkeypatch.setattr(wan_parts, "flow_scheduler", lambda times: original((1.0, 0.5)))
     with pytest.raises(UserError, match="must equal the run's own samples"):
         write(recipe, tmp_path / "pipeline", settings(), {})
     assert not list(tmp_path.iterdir())
