@@ -44,10 +44,20 @@ def whole(data: Latents) -> None:
 
 
 def test_samples_of_another_form_are_named(folder: Path) -> None:
+    """Within a shard; another shard of another form is another bucket."""
     write(folder / "more", torch.zeros(1, 4, 3, 3), {"text": torch.zeros(1, 3, 5), "label": torch.zeros(1)}, None, "")
     (folder / "more" / "000000.tar").rename(folder / "000003.tar")
-    with pytest.raises(UserError, match=r"samples of one form.*000003.tar:000000000.safetensors"):
-        Latents(str(folder)).batch(Rng(0, 0, "data", range(11)), 11, frozenset({"x0"}), torch.float32)
+    data = Latents(str(folder))
+    assert data.shape == (4, 2, 2) and [len(bucket) for bucket in data._buckets] == [10, 1]
+    with tarfile.open(folder / "000003.tar") as other, tarfile.open(folder / "000000.tar", "a") as shard:
+        member = other.getmembers()[0]
+        body = other.extractfile(member)
+        member.name = "000000009.safetensors"
+        shard.addfile(member, body)
+    data = Latents(str(folder))
+    everything = list(range(len(data._members)))[:11]
+    with pytest.raises(UserError, match=r"samples of one form.*000000.tar:000000009.safetensors"):
+        data._stacked(everything, torch.device("cpu"))
 
 
 def test_webdataset_reads_the_shards_too(folder: Path) -> None:
@@ -84,7 +94,7 @@ def test_mistakes_are_named(folder: Path, tmp_path: Path) -> None:
     (folder / "000000.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match=r"tar shards that can be read.*000000.tar"):
         Latents(str(folder))
-    assert json.loads((folder / "latents.json").read_text()) == {"schema": 1, "pipeline": "somewhere"}
+    assert json.loads((folder / "latents.json").read_text()) == {"schema": 1, "pipeline": "somewhere", "vae": None}
 
 
 @pytest.mark.parametrize("shape", [(16, 4, 4), (4, 3, 4, 4), (1, 4, 4), (8, 20)])
