@@ -116,7 +116,7 @@ def test_the_teacher_draws_what_it_is_told(recipe: Recipe) -> None:
 
 
 def test_figures_are_of_what_is_seen(recipe: Recipe) -> None:
-    judge = harness.Evaluation(0, 64, 64, ("label_agreement", "fd", "nfe"), 0, 64, 2, "none")
+    judge = harness.Evaluation(0, 72, 72, ("label_agreement", "fd", "nfe"), 0, 72, 2, "none")
     judge.check(recipe.data)
     figures, protocol = harness.evaluate(recipe.distiller.generator, recipe.data, judge)
     assert figures["nfe"] == 1 and 0 <= figures["label_agreement"] <= 1 and figures["fd"] > 0
