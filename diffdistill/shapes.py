@@ -109,10 +109,13 @@ class Shapes:
             raise UserError("data", "shapes need a network that reads text", type(network).__name__, fix)
         shape, pixels = network.latents((SIZE, SIZE), 1, *latent_factors(pipeline))
         device = next(network.parameters()).device
-        if device.type == "meta":  # a dry run
-            device = torch.device("cpu")
         texts = captions()
-        cond, null = embedded(pipeline, network, texts, None, self.batch_size, device)
+        if device.type == "meta":  # a dry run: one caption shows what the others do
+            cond, null = embedded(pipeline, network, texts[:1], None, self.batch_size, torch.device("cpu"))
+            cond = {key: value.expand(len(texts), *value.shape[1:]) for key, value in cond.items()}
+            device = torch.device("cpu")
+        else:
+            cond, null = embedded(pipeline, network, texts, None, self.batch_size, device)
         size = network.sized(*pixels)
         cond |= {key: value.expand(len(texts), -1) for key, value in size.items()}
         return ToldShapes(tuple(texts), shape, cond, null | size, PROCEDURAL, pipeline, device)

@@ -139,8 +139,10 @@ def _source(
             "run, pipeline", "must be given one or the other", f"run={run} pipeline={pipeline}", "Give one."
         )
     if run is not None:
-        recipe, _ = load_run(run, checkpoint)
-        chosen: Data = recipe.data if data is None else build(data)
+        recipe, settings = load_run(run, checkpoint)
+        chosen: Any = recipe.data if data is None else build(data)
+        if data is not None and hasattr(chosen, "told"):  # text, for the run's own pipeline
+            chosen = chosen.told(recipe.networks.teacher, settings["networks"].get("path"))
         if chosen.shape != recipe.data.shape:
             raise UserError(
                 "data", f"must have the run's sample shape {recipe.data.shape}", chosen.shape, "Leave it out."

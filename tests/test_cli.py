@@ -258,7 +258,7 @@ def test_module_and_console_script_are_the_same_command(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("diffdistill ", "bench compare doctor evaluate export sample train"),
+        ("diffdistill ", "bench compare distill doctor evaluate export precompute sample train"),
         ("diffdistill bench ", "attention step"),
         ("diffdistill sample see", "seed="),
         ("diffdistill bench step pai", "pairs="),
@@ -273,6 +273,8 @@ def test_completion_offers_verbs_then_keys(line, words, monkeypatch, capsys):
 
 # Options that cannot go without a key of the user.
 GIVEN = {name: ["data.path=images"] for name in ("data=image_folder", "experiment=image_folder_teacher")}
+T2I = ("dmd2", "vsd", "tdm", "sid_lsg")
+GIVEN |= {f"experiment=t2i_{name}": ["data.path=x", "networks.path=x"] for name in T2I}
 GIVEN |= {f"data={name}": ["data.path=x", "networks=sd15", "networks.path=x"] for name in ("prompts", "latents")}
 CHOICES = [
     f"{group}={option}"
@@ -287,9 +289,10 @@ def test_every_shipped_option_composes_and_fits_its_annotations(choice):
     check(compose("train", [choice, *alone, *GIVEN.get(choice, [])]), function_of(VERBS["train"]))
 
 
-@pytest.mark.parametrize("name", [name for name in VERBS if name != "export"])
+@pytest.mark.parametrize("name", [name for name in VERBS if name not in ("export", "precompute")])
 def test_every_verb_accepts_its_own_configuration(name):
-    check(compose(VERBS[name].config), function_of(VERBS[name]))
+    given = ["model=x", "prompts=y"] if name == "distill" else []
+    check(compose(VERBS[name].config, given), function_of(VERBS[name]))
 
 
 def test_verbs_keep_their_names_beside_modules_of_the_same_name(monkeypatch):
