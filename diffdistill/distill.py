@@ -18,8 +18,10 @@ from diffdistill.errors import UserError
 from diffdistill.launch import train
 from diffdistill.networks.families.folder import family_of, whole_folder
 from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.families.words import latent_factors
 from diffdistill.process import VP, RectifiedFlow
-from diffdistill.prompts import read_prompts
+from diffdistill.prompts import Prompts, read_prompts
+from diffdistill.solvers import flow_shift, trailing
 
 Method = Literal["dmd2", "vsd", "tdm", "sid_lsg"]
 FEW = {"dmd2": 4, "vsd": 1, "tdm": 4, "sid_lsg": 1}  # steps, of each paper
@@ -83,10 +85,14 @@ def recipe(model: str, prompts: str, method: Method, steps: int | None, override
         family = family_of(model)
     words = [f"experiment=t2i_{method}", f"networks={family}", override("networks.path", model)]
     words.append(override("data.path", prompts))
+    settings = compose("train", [*words, *overrides, "run_dir=none"])
     with torch.device("meta"):
-        network = build(compose("train", [*words, "run_dir=none"])["networks"])
-    if not isinstance(network, Stock) or "text" not in network.needs:
+        network = build(settings["networks"])
+        data = build(settings["data"])
+    if not isinstance(network, Stock) or "text" not in network.needs or not isinstance(data, Prompts):
         raise UserError("model", "must be told in words", model, "Use train with data of its own.")
+    shape, _ = network.latents(data.size, data.frames, *latent_factors(model))
+    network.check(shape, 0)  # takes the shift that belongs to this size
     words += _steps(network, method, FEW[method] if steps is None else steps)
     if parameters(network) > LARGE:
         modes = ("student",) if method == "vsd" else ("student", "fake_score")
@@ -104,18 +110,15 @@ def _steps(network: Stock, method: Method, steps: int) -> list[str]:
         raise UserError("steps", f"must be {'>= 1' if steps < 1 else 1} for {method}", steps, fix)
     process = network.process
     if isinstance(process, RectifiedFlow):
-        shift = network.schedule.shift
-        shares = [1 - index / steps for index in range(steps)]
-        times: list[float] = [shift * u / (1 + (shift - 1) * u) for u in shares]
+        times = list(flow_shift(process, steps)[:-1])
         renoise = [] if steps == 1 or method == "tdm" else ["distiller.renoise._target_=diffdistill.generator.ddim"]
         return [override("distiller.times", times), *renoise]
     if not isinstance(process, VP):
         raise UserError("model", "must have a variance preserving process or a flow", type(process).__name__,
                         "Use train, and choose its times.")  # fmt: skip
-    count = process.num_steps
-    times = [float(round(count * (steps - index) / steps) - 1) for index in range(steps)]
+    times = list(trailing(process, steps)[:-1])
     if method == "sid_lsg":
-        times = [float(SID_TIME * count // 1000)]
+        times = [float(SID_TIME * process.num_steps // 1000)]
     words = [override("distiller.times", times)]
     if method == "dmd2":  # as its code: unit noise at first, fresh noise in between
         words += ["distiller.renoise._target_=diffdistill.generator.fresh", "distiller.prior_std=1"]

@@ -16,7 +16,7 @@ from diffdistill.errors import UserError
 from diffdistill.export_cards import command_of, figures_table, licence_of
 from diffdistill.export_check import check_close, made_alone, same_draws
 from diffdistill.export_schedulers import stepped
-from diffdistill.export_stock import TOLERANCE, call_of, examples_of
+from diffdistill.export_stock import TOLERANCE, call_of, examples_of, told_data
 from diffdistill.generator import Generator
 from diffdistill.networks.families.folder import pipeline_class
 from diffdistill.networks.families.stock import Stock
@@ -41,7 +41,7 @@ def refusal(recipe: Recipe, sampler: Sampler) -> UserError | None:
     if recipe.networks.roles["student"].inputs:
         inputs = list(recipe.networks.roles["student"].inputs)
         return UserError("format", "lora needs a student without extra inputs", inputs, "Use format=pipeline.")
-    source = pipeline_class(str(recipe.data.pipeline))  # type: ignore[attr-defined]
+    source = pipeline_class(str(told_data(recipe).pipeline))
     if not hasattr(source, "save_lora_weights"):
         return UserError("format", "lora needs a pipeline that loads some", source.__name__, "Use format=pipeline.")
     return None

@@ -84,11 +84,15 @@ def call_of(network: Stock, recipe: Recipe, steps: Stepped, pipeline: str) -> di
     return call if len(rest) == 1 else {**call, "num_frames": in_time * (rest[1] - 1) + 1}
 
 
+def told_data(recipe: Recipe) -> ToldPrompts | Latents:
+    """The run's data, which `refusal` found to be text."""
+    assert isinstance(recipe.data, ToldPrompts | Latents)
+    return recipe.data
+
+
 def examples_of(recipe: Recipe) -> tuple[list[str], Mapping[str, Tensor]]:
     """Two prompts and what the network is told of them."""
-    data = recipe.data
-    assert isinstance(data, ToldPrompts | Latents)
-    examples = data.examples()
+    examples = told_data(recipe).examples()
     assert examples is not None
     return examples
 
@@ -99,7 +103,7 @@ def verify(
     """The folder alone, on two prompts, against the generator: the largest difference of their latents, in shares of
     the largest. Raises UserError above 1e-4."""
     texts, cond = examples_of(recipe)
-    steps = steps or stepped(network, generator, str(recipe.data.pipeline))  # type: ignore[attr-defined]
+    steps = steps or stepped(network, generator, str(told_data(recipe).pipeline))
     theirs = network.own_layout(made_alone(folder, {"prompt": texts}, "latent"), recipe.data.shape)
     ours = steps.after * same_draws(recipe, generator, cond, 2, steps.before)
     largest = float(theirs.abs().max())

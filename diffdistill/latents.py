@@ -58,7 +58,9 @@ class Latents:
     def __post_init__(self) -> None:
         if self.num_classes < 0:
             raise UserError("data.num_classes", "must be >= 0", self.num_classes, "0 is none.")
-        self._card  # noqa: B018 - checked here
+        if missing := missing_chunks(Path(self.path), self._card):
+            fix = "Give diffdistill precompute the same call again: it goes on."
+            raise UserError("data.path", "must be precomputed to its end", f"{len(missing)} chunks are missing", fix)
         first = self._read(0)
         if LATENT not in first:
             found = sorted(first)
@@ -271,7 +273,17 @@ def write_card(folder: Path, null: Mapping[str, Tensor] | None, **card: Any) -> 
     """Write what stands beside the shards. null: [1, ...] by name.  card: pipeline, vae and what else is to be kept."""
     if null is not None:
         save_file({key: value.contiguous() for key, value in null.items()}, folder / NULL)
-    (folder / CARD).write_text(json.dumps({"schema": SCHEMA, **card}, indent=1) + "\n")
+    aside = folder / f"{CARD}.part"
+    aside.write_text(json.dumps({"schema": SCHEMA, **card}, indent=1) + "\n")
+    aside.replace(folder / CARD)
+
+
+def missing_chunks(folder: Path, card: Mapping[str, Any]) -> list[int]:
+    """Numbers of the chunks of precomputed images that are not whole yet; none of a folder that `write` made."""
+    if "per_chunk" not in card:
+        return []
+    chunks = range(-(-card["images"] // card["per_chunk"]))
+    return [chunk for chunk in chunks if not (folder / f"{chunk:06d}.json").is_file()]
 
 
 def write(

@@ -28,9 +28,14 @@ def draw_picture(
     if samples.ndim == 5:
         plots.film_strips(samples, path)
     elif samples.ndim == 4:
-        plots.sample_grid(samples, path, columns=data.num_classes if 2 <= data.num_classes <= MOST_CLASSES else 8)
+        plots.sample_grid(samples, path, columns=columns_of(data))
     else:
         plots.scatter(samples, data.reference().data, path)
+
+
+def columns_of(data: Data) -> int:
+    """Of a grid of images: one per class while they are few."""
+    return data.num_classes if 2 <= data.num_classes <= MOST_CLASSES else 8
 
 
 def as_colours(latents: Tensor) -> Tensor:
@@ -43,10 +48,11 @@ def as_colours(latents: Tensor) -> Tensor:
 
 
 def shown_classes(data: Data, num: int) -> Tensor | None:
-    """Classes of a picture of num samples, [num]: each in turn, for videos evenly spaced; None without classes."""
+    """Classes of a picture of num samples, [num]: each in turn, or evenly spaced where there are more of them, and for
+    videos; None without classes."""
     if not data.num_classes:
         return None
-    if len(data.shape) == 4:
+    if len(data.shape) == 4 or data.num_classes > num:
         return torch.arange(num) * data.num_classes // num
     return torch.arange(num) % data.num_classes
 

@@ -27,7 +27,7 @@ from diffdistill.config import build
 from diffdistill.config_errors import first_line
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.image_folder import converted
-from diffdistill.latents import CARD, write_card, write_shard
+from diffdistill.latents import CARD, NULL, missing_chunks, write_card, write_shard
 from diffdistill.networks.codec import Codec
 from diffdistill.networks.families.pixels import load_codec, vae_sha256
 from diffdistill.networks.families.stock import Stock
@@ -63,18 +63,8 @@ def precompute(
     require_at_least(1, batch_size=batch_size, per_chunk=per_chunk)
     if not 0 <= max_broken < 1:
         raise UserError("max_broken", "must lie in [0, 1)", max_broken, "0 refuses the first.")
-    source = captioned(path, column)
-    pipeline = networks.get("path")
-    with torch.device("meta"):  # its shapes say how it is told
-        network = build(networks)
-    if not isinstance(network, Stock) or "text" not in network.needs or pipeline is None or network.dims != 3:
-        fix = "Use networks=sd15, sdxl, pixart, sd3, flux, ... with networks.path."
-        raise UserError("networks", "must be a text-to-image pipeline", type(network).__name__, fix)
-    factors = latent_factors(pipeline)
-    if sizes is not None and (not sizes or min(map(min, sizes)) < 1):
-        raise UserError("sizes", "must be [[height, width], ...], each >= 1", list(sizes), "[[512,512]], say.")
-    shown = [_shown(network, size, factors) for size in (sizes or [None])]
-    place = _device(device)
+    source, network, pipeline = captioned(path, column), _network(networks), str(networks["path"])
+    shown, place = _sizes(network, pipeline, sizes), _device(device)
     card = {
         "pipeline": pipeline, "vae": vae_sha256(pipeline), "source": path, "images": len(source), "column": column,
         "sizes": [list(size) for size in shown], "upscale": upscale, "negative": negative, "per_chunk": per_chunk,
@@ -84,21 +74,36 @@ def precompute(
     _check_folder(folder, card)
     work = _Work(source, network, shown, upscale, batch_size, torch.bfloat16 if dtype == "bf16" else torch.float32)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chunks = range(rank, -(-len(source) // per_chunk), world)
-    todo = [chunk for chunk in chunks if not (folder / f"{chunk:06d}.json").is_file()]
+    todo = [chunk for chunk in missing_chunks(folder, card) if chunk % world == rank]
     with writing(out, "out", "Name another place, or make room."), torch.no_grad():
         folder.mkdir(parents=True, exist_ok=True)
-        if todo or not (folder / CARD).is_file():
-            words = encoders(pipeline).to(place)
-            if rank == 0:
-                null = kept(network.no_words(words, negative)) | network.sized(*shown[0])
-                write_card(folder, null, **card)
-            codec = load_codec(pipeline, place)
+        if todo:
+            words, codec = encoders(pipeline).to(place), load_codec(pipeline, place)
+            if not (folder / CARD).is_file():  # the first of several processes
+                write_card(folder, kept(network.no_words(words, negative)) | network.sized(*shown[0]), **card)
         for chunk in track(todo, "encoding", transient=True, console=Console(stderr=True)):
             first = chunk * per_chunk
             work.do(folder, chunk, range(first, min(first + per_chunk, len(source))), words, codec, max_broken)
     _report(folder, len(source), max_broken)
     return out
+
+
+def _network(networks: DictConfig) -> Stock:
+    """The pipeline's model without weights: its shapes say how it is told."""
+    with torch.device("meta"):
+        network = build(networks)
+    if not isinstance(network, Stock) or "text" not in network.needs or network.dims != 3:
+        fix = "Use networks=sd15, sdxl, pixart, sd3, flux, ... with networks.path."
+        raise UserError("networks", "must be a text-to-image pipeline", type(network).__name__, fix)
+    return network
+
+
+def _sizes(network: Stock, pipeline: str, sizes: Sizes | None) -> list[tuple[int, int]]:
+    """The buckets, (height, width) in pixels; without `sizes` the model's own one."""
+    if sizes is not None and (not sizes or min(map(min, sizes)) < 1):
+        raise UserError("sizes", "must be [[height, width], ...], each >= 1", list(sizes), "[[512,512]], say.")
+    factors = latent_factors(pipeline)
+    return [_shown(network, None, factors)] if sizes is None else [_shown(network, size, factors) for size in sizes]
 
 
 def _shown(network: Stock, size: tuple[int, int] | None, factors: tuple[int, int]) -> tuple[int, int]:
@@ -120,9 +125,9 @@ def _device(name: str | None) -> torch.device:
 
 def _check_folder(folder: Path, card: Mapping[str, Any]) -> None:
     """Refuse a folder that holds anything else than a part of this very work."""
-    if not folder.exists() or not any(folder.iterdir()):
-        return
     file = folder / CARD
+    if not folder.exists() or {entry.name for entry in folder.iterdir()} <= {NULL, f"{CARD}.part"}:
+        return  # another process may be about to write the card
     if not file.is_file():
         raise UserError("out", "must be new, empty, or begun by precompute", str(folder), "Name another folder.")
     there = json.loads(file.read_text())

@@ -50,13 +50,16 @@ class Key:
         return (*special, last)
 
 
-def command_lines() -> Iterator[tuple[str, tuple[str, ...]]]:
+@functools.cache  # composing each to find its open keys takes a minute
+def command_lines() -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Verb and overrides that together read every shipped file: each option of each group, beside fitting others.
 
     FINISHED stands for the folder of a finished run.
     """
-    for verb, words in _choices():
-        yield verb, (*words, *(f"{key}={_given(key, words)}" for key in _open_keys(verb, words)))
+    return tuple(
+        (verb, (*words, *(f"{key}={_given(key, words)}" for key in _open_keys(verb, words))))
+        for verb, words in _choices()
+    )
 
 
 def _given(key: str, words: tuple[str, ...]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -296,11 +295,6 @@ def chosen_keys(places: str) -> list[Key]:
     return list({(key.owner or key.name, key.name.rpartition(".")[2]): key for key in reversed(every_key())}.values())
 
 
-def some(places: str) -> list[Key]:
-    """A third of the chosen keys by default: what the check of types and names does is the same for all."""
-    return [key for key in chosen_keys(places) if places == "everywhere" or zlib.crc32(key.name.encode()) % 3 == 0]
-
-
 in_places = pytest.mark.parametrize("places", ["once", pytest.param("everywhere", marks=pytest.mark.slow)])
 pytestmark = pytest.mark.xdist_group("every key")  # one process composes the files
 
@@ -393,7 +387,7 @@ def test_a_wrong_type_is_told_in_one_message_that_names_the_key(
 ) -> None:
     cases = [
         (key, f"{key.name}={value}", key.name)
-        for key in some(places)
+        for key in chosen_keys(places)
         if (value := wrong_type(key)) and not is_inner_word(key)
     ]
     report(faults(cases, finished, images))
@@ -415,7 +409,7 @@ def test_a_misspelt_key_is_told_with_the_right_one(places: str, here: Path, fini
     # names in a plain mapping are the user's own: there the wrong one is named
     cases = [
         (key, f"{misspelt(key)}=1", f"Did you mean {key.name}" if key.owner else misspelt(key))
-        for key in some(places)
+        for key in chosen_keys(places)
         if not is_inner_word(key) and key.verb != "distill"  # what it does not know is a key of train
     ]
     report(faults(cases, finished, images))
@@ -423,10 +417,10 @@ def test_a_misspelt_key_is_told_with_the_right_one(places: str, here: Path, fini
 
 
 def test_random_command_lines_end_in_one_message_and_touch_no_other_run(tmp_path: Path) -> None:
-    found = fuzz(tmp_path, num_lines=60, num_real=0, seed=3)
+    found = fuzz(tmp_path, num_lines=250, num_real=0, seed=3)
     report(found.faults)
     assert set(found.statuses) == {0, 2}
-    assert found.statuses[0] > 5  # good lines are among them
+    assert found.statuses[0] > 25  # good lines are among them
 
 
 @pytest.mark.slow

@@ -14,6 +14,9 @@ import diffdistill
 from diffdistill.cli import main
 from diffdistill.config import compose
 from diffdistill.errors import UserError
+from diffdistill.networks.scheduled import schedule_of
+from diffdistill.process import RectifiedFlow
+from diffdistill.solvers import flow_shift
 
 distill: Any = importlib.import_module("diffdistill.distill")  # the attribute of that name is the verb
 METHODS = tuple(distill.FEW)
@@ -35,7 +38,7 @@ def words(place: Path, name: str, method: str, *more: str, steps: int | None = N
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ["sd15", "flux"])
 def test_every_recipe_composes_and_says_what_it_costs(name: str, method: str, place: Path) -> None:
-    settings = compose("train", [*words(place, name, method), "run_dir=none"])
+    settings = compose("train", [*words(place, name, method, "data.size=[16,16]"), "run_dir=none"])
     assert settings.distiller["_target_"].lower().endswith(method.replace("_", ""))
     assert len(settings.distiller.times) == distill.FEW[method]
     lines = distill.cost(settings)
@@ -52,6 +55,17 @@ def test_one_command_ends_with_a_pipeline(place: Path, tmp_path: Path, capsys: p
     contract = json.loads((run / "pipeline" / "call.json").read_text())
     assert contract["nfe"] == 4 and contract["call"]["timesteps"] == [999, 749, 499, 249]
     assert "experiment=t2i_dmd2" in (run / "config.yaml").read_text()
+
+
+def test_a_flow_s_times_are_shifted_as_its_scheduler_says_for_the_size(place: Path) -> None:
+    for size, tokens in ((16, 16), (64, 256)):  # latents of half the side, tokens of 2 x 2
+        found = compose("train", [*words(place, "flux", "dmd2", f"data.size=[{size},{size}]"), "run_dir=none"])
+        schedule = schedule_of(json.loads((place / "flux" / "scheduler" / "scheduler_config.json").read_text()))
+        assert schedule.dynamic is not None
+        process = RectifiedFlow(shift=schedule.shift_for(tokens))
+        assert found.distiller.times == pytest.approx(flow_shift(process, 4)[:-1])
+    with pytest.raises(UserError, match=r"data\.size must be given for this model"):
+        words(place, "flux", "dmd2")
 
 
 def test_it_is_a_function_too(place: Path, tmp_path: Path) -> None:

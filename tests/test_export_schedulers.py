@@ -18,7 +18,7 @@ from diffdistill.export_check import same_draws
 from diffdistill.export_schedulers import stepped
 from diffdistill.generator import Generator, ddim, fresh, fresh_from_t_min
 from diffdistill.networks.files import quiet_libraries
-from diffdistill.process import VP
+from diffdistill.process import VP, V
 from diffdistill.recipe import Recipe, assemble
 
 
@@ -88,6 +88,19 @@ def test_a_student_s_steps_are_a_stock_scheduler_s(recipe: Recipe) -> None:
         name: scheduler for name, (_, scheduler) in generators(recipe).items()
     }
     assert max(difference for _, difference in found.values()) < 1e-4, found
+
+
+def test_zero_terminal_snr_is_lcm_s(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Euler's scheduler has no finite noise level there; a prediction of v begins from unit noise."""
+    network: Any = recipe.networks["student"].network
+    if network.kind != V:
+        pytest.skip("only a prediction of v is defined there")
+    monkeypatch.setattr(network, "process", replace(network.process, zero_terminal_snr=True))
+    student = recipe.networks["student"]
+    name, difference = differing(recipe, Generator(student, (999.0, 599.0), fresh, 1.0))
+    assert name == "LCMScheduler" and difference < 1e-4
+    with pytest.raises(UserError, match="EulerDiscreteScheduler steps"):
+        differing(recipe, Generator(student, (999.0,)))
 
 
 def test_a_model_of_many_steps_keeps_its_scheduler(recipe: Recipe) -> None:

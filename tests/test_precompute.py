@@ -100,6 +100,8 @@ def test_it_goes_on_where_it_stopped(photos: Path, pipeline: Path, tmp_path: Pat
     out = tmp_path / "set"
     made(photos, pipeline, out)
     (out / "000001.json").unlink()  # as if it had been killed before
+    with pytest.raises(UserError, match="must be precomputed to its end, got 1 chunks are missing"):
+        Latents(str(out))
     kept = (out / "000000-16x16.tar").stat().st_mtime_ns
     again = made(photos, pipeline, out)
     assert (out / "000000-16x16.tar").stat().st_mtime_ns == kept
@@ -120,8 +122,9 @@ def test_processes_share_the_chunks(
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        made(photos, pipeline, out)
-        assert (out / "000001.json").is_file() == (rank == "1")
+        diffdistill.precompute("networks=sd15", path=str(photos), **{"networks.path": str(pipeline)}, out=str(out),
+                               sizes=SIZES, per_chunk=4)  # fmt: skip
+        assert (out / "latents.json").is_file() and (out / "000001.json").is_file() == (rank == "1")
     assert torch.equal(Latents(str(out))._read(6)["latent"], whole._read(6)["latent"])
 
 

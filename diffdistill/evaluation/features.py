@@ -6,8 +6,9 @@ import argparse
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -73,23 +74,44 @@ def load_features(path: str | Path | None = None) -> DigitFeatures:
 
     Raises UserError if a file is missing or the weights are not those that config.json names.
     """
-    folder = Path(path) if path is not None else ASSET
+    config, weights = read_asset(Path(path) if path is not None else ASSET, __name__)
+    network = DigitFeatures(config["width"])
+    network.load_state_dict(weights)
+    network.sha256 = config["sha256"]
+    network.held_out_accuracy = config["held_out_accuracy"]
+    return network.eval().requires_grad_(False)
+
+
+def read_asset(folder: Path, module: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the weights of a feature network's folder; `python -m module --out DIR` makes such.
+
+    Raises UserError if a file is missing or the weights are not those that config.json names.
+    """
     key = "evaluation.features"
     try:
         config = json.loads((folder / "config.json").read_text())
         weights = (folder / "model.safetensors").read_bytes()
     except FileNotFoundError as error:
         raise UserError(key, "must be a folder with config.json and model.safetensors", folder,
-                        "Make one with `python -m diffdistill.evaluation.features --out DIR`.") from error  # fmt: skip
+                        f"Make one with `python -m {module} --out DIR`.") from error  # fmt: skip
     sha256 = hashlib.sha256(weights).hexdigest()
     if sha256 != config["sha256"]:
         raise UserError(key, f"must hold the weights with sha256 {config['sha256']}", sha256,
                         "Restore the folder, or train it again.")  # fmt: skip
-    network = DigitFeatures(config["width"])
-    network.load_state_dict(load(weights))
-    network.sha256 = sha256
-    network.held_out_accuracy = config["held_out_accuracy"]
-    return network.eval().requires_grad_(False)
+    return config, load(weights)
+
+
+def write_asset(network: nn.Module, out: Path, config: Mapping[str, Any], card: str) -> None:
+    """Write model.safetensors, config.json and README.md into the folder `out`. card: its {sha256} and {parameters} are
+    filled in."""
+    weights = save({name: value.contiguous() for name, value in network.state_dict().items()})
+    sha256 = hashlib.sha256(weights).hexdigest()
+    card = card.format(sha256=sha256, parameters=sum(p.numel() for p in network.parameters()))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "model.safetensors").write_bytes(weights)
+    (out / "config.json").write_text(json.dumps({"schema": 1, **config, "sha256": sha256}, indent=2) + "\n")
+    (out / "README.md").write_text(card)
+    print(card)
 
 
 def split_scans(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +169,7 @@ Input: [B, 1, 8, 8] in [-1, 1] (raw / 8 - 1).  Features: the penultimate layer, 
 Trained on {num_train} of scikit-learn's 1,797 scans (Alpaydin & Kaynak 1998, CC BY 4.0); stratified split, seed {seed}.
 
 - held-out accuracy: {held_out:.4f} on {num_held_out} scans ({training:.4f} on the training scans)
-- parameters: {parameters:,}
+- parameters: {parameters}
 - sha256 of model.safetensors: `{sha256}`
 - made by: `python -m diffdistill.evaluation.features --out diffdistill/assets/digits_features`
 """
@@ -158,18 +180,11 @@ def write(network: DigitFeatures, out: Path, *, held_out: float, training: float
 
     held_out, training: accuracies on the two parts of the split.  num_train: images in the training part.
     """
-    weights = save({name: value.contiguous() for name, value in network.state_dict().items()})
-    sha256 = hashlib.sha256(weights).hexdigest()
-    config = {"schema": 1, "width": network.width, "dim": network.dim, "split_seed": SPLIT_SEED,
-              "num_held_out": NUM_HELD_OUT, "held_out_accuracy": held_out, "sha256": sha256}  # fmt: skip
+    config = {"width": network.width, "dim": network.dim, "split_seed": SPLIT_SEED,
+              "num_held_out": NUM_HELD_OUT, "held_out_accuracy": held_out}  # fmt: skip
     card = CARD.format(num_train=num_train, num_held_out=NUM_HELD_OUT, seed=SPLIT_SEED, held_out=held_out,
-                       training=training, sha256=sha256,
-                       parameters=sum(p.numel() for p in network.parameters()))  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "model.safetensors").write_bytes(weights)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "README.md").write_text(card)
-    print(card)
+                       training=training, sha256="{sha256}", parameters="{parameters:,}")  # fmt: skip
+    write_asset(network, out, config, card)
 
 
 def main() -> None:

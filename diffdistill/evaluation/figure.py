@@ -8,18 +8,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.plots import side_by_side
+from diffdistill.pictures import columns_of, shown_classes
 from diffdistill.saved_run import load_run
 
 
 def draw(run: str, out: str, rows: int = 8) -> None:
     """Write a picture with the teacher's samples on the left and the student's on the right, a column per class."""
     recipe, _ = load_run(run)
-    columns = recipe.data.num_classes or 8
-    labels = torch.arange(rows * columns) % columns if recipe.data.num_classes else None
+    columns = columns_of(recipe.data)
+    labels = shown_classes(recipe.data, rows * columns)
     grids = [
         harness.draw(sampler, recipe.data, rows * columns, 0, 500, labels=labels)[0]
         for sampler in (recipe.sampler, recipe.distiller.generator)

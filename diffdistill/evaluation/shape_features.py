@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from diffdistill.errors import UserError
+from diffdistill.evaluation.features import read_asset, write_asset
 from diffdistill.rng import Rng
 
 ASSET = Path(__file__).parent.parent / "assets" / "shapes_features"
@@ -64,21 +61,10 @@ def load_shape_features(path: str | Path | None = None) -> ShapeFeatures:
 
     Raises UserError if a file is missing or the weights are not those that config.json names.
     """
-    folder = Path(path) if path is not None else ASSET
-    key = "evaluation.features"
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        weights = (folder / "model.safetensors").read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(key, "must be a folder with config.json and model.safetensors", folder,
-                        f"Make one with `python -m {__name__} --out DIR`.") from error  # fmt: skip
-    sha256 = hashlib.sha256(weights).hexdigest()
-    if sha256 != config["sha256"]:
-        raise UserError(key, f"must hold the weights with sha256 {config['sha256']}", sha256,
-                        "Restore the folder, or train it again.")  # fmt: skip
+    config, weights = read_asset(Path(path) if path is not None else ASSET, __name__)
     network = ShapeFeatures(tuple(config["counts"]), config["width"])
-    network.load_state_dict(load(weights))
-    network.sha256 = sha256
+    network.load_state_dict(weights)
+    network.sha256 = config["sha256"]
     return network.eval().requires_grad_(False)
 
 
@@ -124,7 +110,7 @@ Input: [B, 3, 32, 32] in [-1, 1].  Features: the penultimate layer, [B, 64].  Cl
 Trained on pictures of `diffdistill.shapes`, drawn by this package.
 
 - held-out accuracy on {num} pictures: colour {colour:.4f}, shape {shape:.4f}, place {place:.4f}, all three {all:.4f}
-- parameters: {parameters:,}
+- parameters: {parameters}
 - sha256 of model.safetensors: `{sha256}`
 - made by: `python -m diffdistill.evaluation.shape_features --out diffdistill/assets/shapes_features`
 """
@@ -132,18 +118,12 @@ Trained on pictures of `diffdistill.shapes`, drawn by this package.
 
 def write(network: ShapeFeatures, out: Path) -> None:
     """Write model.safetensors, config.json and README.md into the folder `out`."""
-    weights = save({name: value.contiguous() for name, value in network.state_dict().items()})
-    sha256 = hashlib.sha256(weights).hexdigest()
     colour, shape, place, everything = accuracies(network)
-    config = {"schema": 1, "counts": list(network.counts), "width": network.width, "dim": network.dim,
-              "held_out_accuracy": everything, "sha256": sha256}  # fmt: skip
-    card = CARD.format(num=NUM_HELD_OUT, colour=colour, shape=shape, place=place, all=everything, sha256=sha256,
-                       parameters=sum(p.numel() for p in network.parameters()))  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "model.safetensors").write_bytes(weights)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (out / "README.md").write_text(card)
-    print(card)
+    config = {"counts": list(network.counts), "width": network.width, "dim": network.dim,
+              "held_out_accuracy": everything}  # fmt: skip
+    card = CARD.format(num=NUM_HELD_OUT, colour=colour, shape=shape, place=place, all=everything,
+                       sha256="{sha256}", parameters="{parameters:,}")  # fmt: skip
+    write_asset(network, out, config, card)
 
 
 def main() -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
-from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.families.stock import TwoStreams
 
 
 def pack(x: Tensor) -> Tensor:
@@ -22,16 +20,8 @@ def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     return x.reshape(B, channels // 4, height, width)
 
 
-class Packed(Stock):
-    """A transformer over packed latents, of a stream for text and one for the picture."""
-
-    embedding = "time_text_embed.timestep_embedder"
-    grid = "sigmas"
-
-    @staticmethod
-    def hidden(output: Any) -> Tensor:
-        """A block's picture stream; text comes first."""
-        return output[1] if isinstance(output, tuple) else output
+class Packed(TwoStreams):
+    """A transformer over packed latents."""
 
     @property
     def channels(self) -> int:

@@ -9,21 +9,14 @@ from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
 from diffdistill.networks.families.folder import load
-from diffdistill.networks.families.stock import Stock, as_called
+from diffdistill.networks.families.stock import TwoStreams, as_called
 
 
-class SD3(Stock):
+class SD3(TwoStreams):
     """text of three encoders, joined as the pipeline joins them, and pooled."""
 
     model_class = "SD3Transformer2DModel"
     needs = ("text", "pooled")
-    embedding = "time_text_embed.timestep_embedder"
-    grid = "sigmas"
-
-    @staticmethod
-    def hidden(output: Any) -> Tensor:
-        """A block's picture stream; text comes first."""
-        return output[1] if isinstance(output, tuple) else output
 
     @property
     def blocks(self) -> Sequence[nn.Module]:

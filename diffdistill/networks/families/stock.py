@@ -160,6 +160,18 @@ class Stock(nn.Module, ABC):
         """The raw prediction, [B, *sample]."""
 
 
+class TwoStreams(Stock):
+    """A transformer whose blocks return a stream for text and one for the picture."""
+
+    embedding = "time_text_embed.timestep_embedder"
+    grid = "sigmas"
+
+    @staticmethod
+    def hidden(output: Any) -> Tensor:
+        """A block's picture stream; text comes first."""
+        return output[1] if isinstance(output, tuple) else output
+
+
 class ReadsScale(Stock):
     """A model distilled with guidance, which is fed its scale: cond["w"], or `guidance` where that is not given."""
 
