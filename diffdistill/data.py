@@ -39,7 +39,12 @@ SCANS = Source(
 
 
 class Data(Protocol):
-    """name: of the data set.  shape: [*sample].  provides: what a batch can hold, among x0, pair, trajectory."""
+    """name: of the data set.  shape: [*sample].  provides: what a batch can hold, among x0, pair, trajectory.
+
+    Data of text and of latents also have, where it applies: told(network, pipeline), the data set for that network and
+    of_pipeline(), that for a whole pipeline; of_classes(labels), conditions of classes; codec, between its samples and
+    what people see, or None.
+    """
 
     @property
     def name(self) -> str: ...
