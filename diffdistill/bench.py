@@ -89,7 +89,7 @@ def _one(distiller: str, teacher: str, pairs: int, quick: bool) -> dict[str, Any
     settings = _settings(distiller, teacher, quick)
     recipe, trainer = assemble(settings), build(settings.trainer)
     bench = _Bench(recipe, trainer)
-    cycle = _period(recipe.distiller.phases)
+    cycle = period(recipe.distiller.phases)
     for warm in range(cycle):
         bench.run_step(warm)
     passes = bench.passes(cycle)
@@ -191,7 +191,7 @@ def _name(phase: Phase, done: Pass) -> str:
     return f"{phase.name}: {done.role} {what}{through}, batch {done.batch}"
 
 
-def _period(phases: Callable[[int], Sequence[Phase]], horizon: int = 40) -> int:
+def period(phases: Callable[[int], Sequence[Phase]], horizon: int = 40) -> int:
     """The number of steps after which the phases repeat."""
     names = [tuple(phase.name for phase in phases(index)) for index in range(2 * horizon)]
     return next(p for p in range(1, horizon + 1) if names[: 2 * horizon - p] == names[p:])

@@ -76,6 +76,12 @@ VERBS = {
             "compare data=digits 'distillers=[dmd2,sid]' budget.seconds=120 out=runs/two",
         ),
     ),
+    "plan": Verb(
+        "diffdistill.planner:plan",
+        "plan",
+        "say what a recipe takes in memory, operations and time, and what makes it fit a device",
+        ("plan networks=sdxl distiller=dmd2 device_memory=24GiB", "plan experiment=digits_dmd2 device_rate=measure"),
+    ),
     "doctor": Verb(
         "diffdistill.doctor:doctor",
         "doctor",
@@ -172,10 +178,14 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     from .cli_run import run
 
-    if name == "distill":
+    if name == "distill":  # keys of train may stand beside its own, and beside plan's
         from .distill import arguments
 
         rest = arguments(rest)
+    elif name == "plan":
+        from . import planner
+
+        rest = planner.arguments(rest)
     return run(VERBS[name], *_options_and_overrides(rest))
 
 

@@ -146,7 +146,7 @@ class Trainer:
 
         evaluate_every: in steps, 0 is never.
         """
-        measured = self._measured(state.distiller)
+        measured = self.measured(state.distiller)
         while not self.ended(state):
             started, cpu_started = time.perf_counter(), time.process_time()
             counter = PeakBytes(self._live(state)) if state.step == measured else nullcontext()
@@ -201,7 +201,7 @@ class Trainer:
             figures |= {f"lr/{role}": o.param_groups[0]["lr"] for role, o in state.optimizers.items()}
         return figures
 
-    def _measured(self, distiller: Distiller) -> int:
+    def measured(self, distiller: Distiller) -> int:
         """The step whose peak of live bytes is taken: after the first step optimizers hold their state."""
         early = range(min(1, self.steps - 1), min(11, self.steps))
         return max(early, key=lambda step: len(distiller.phases(step)))

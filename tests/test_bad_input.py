@@ -182,6 +182,11 @@ RANGES: dict[str, tuple[str, ...]] = {
     "model": ("nowhere", "''", "LONGNAME"),
     "distill.steps": COUNT,
     "distill.overrides": ("[nowhere=1]",),
+    "plan.overrides": ("[nowhere=1]",),
+    "device_memory": ("0", "much", "24XB", "''"),
+    "devices": COUNT,
+    "device_rate": POSITIVE,
+    "plan.size": ("[0,8]", "[8]", "[]", "[7,8]"),
     "stable_diffusion.guidance": POSITIVE,
     "flux.guidance": POSITIVE,
     "hunyuan_video.guidance": POSITIVE,
@@ -410,7 +415,7 @@ def test_a_misspelt_key_is_told_with_the_right_one(places: str, here: Path, fini
     cases = [
         (key, f"{misspelt(key)}=1", f"Did you mean {key.name}" if key.owner else misspelt(key))
         for key in chosen_keys(places)
-        if not is_inner_word(key) and key.verb != "distill"  # what it does not know is a key of train
+        if not is_inner_word(key) and key.verb not in ("distill", "plan")  # what they do not know is a key of train
     ]
     report(faults(cases, finished, images))
     assert not list(here.iterdir())

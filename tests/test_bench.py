@@ -36,7 +36,7 @@ def test_a_period_is_found() -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-    assert bench._period(lambda step: [Named("a")] if step % 3 else [Named("b")]) == 3  # type: ignore[list-item,return-value]
+    assert bench.period(lambda step: [Named("a")] if step % 3 else [Named("b")]) == 3  # type: ignore[list-item,return-value]
 
 
 def test_an_output_folder_that_does_not_exist_is_refused_before_any_work(tmp_path: Path) -> None:

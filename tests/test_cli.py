@@ -258,7 +258,7 @@ def test_module_and_console_script_are_the_same_command(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("diffdistill ", "bench compare distill doctor evaluate export precompute sample train"),
+        ("diffdistill ", "bench compare distill doctor evaluate export plan precompute sample train"),
         ("diffdistill bench ", "attention step"),
         ("diffdistill sample see", "seed="),
         ("diffdistill bench step pai", "pairs="),

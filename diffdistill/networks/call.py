@@ -8,7 +8,7 @@ checkpointing) re-enters the call of the forward pass it repeats.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,11 +95,31 @@ def note_pass(done: Pass) -> None:
         noted.append(done)
 
 
+_repeating: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("repeating", default=nullcontext)
+
+
+@contextmanager
+def repeating_within(around: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within the context, recomputations of checkpointed calls enter what `around` makes: a backward pass suspends
+    modes of torch functions."""
+    token = _repeating.set(around)
+    try:
+        yield
+    finally:
+        _repeating.reset(token)
+
+
+@contextmanager
+def _again(call: Call | None) -> Iterator[None]:
+    with _repeating.get()(), enter(call):
+        yield
+
+
 def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
     """`torch.utils.checkpoint` whose recomputation re-enters the call of the forward pass."""
     call = current_call()
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return enter(call), enter(call)
+        return enter(call), _again(call)
 
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)

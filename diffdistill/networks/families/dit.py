@@ -40,6 +40,9 @@ class DiT(Stock):
             constraint = f"must have a row for each of the data's {num_classes} classes"
             raise UserError("networks", constraint, f"{self.num_classes} rows", "Choose the data it was made for.")
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        return {"label": ()}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         out = self.model(x, timestep=t_net, class_labels=self.given(cond, "label"), return_dict=False)[0]
         return out[:, : x.shape[1]]  # the rest is a learned variance

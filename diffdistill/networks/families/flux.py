@@ -31,6 +31,10 @@ class Flux(Packed, ReadsScale):
         text, pooled, _ = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))
         return {"text": text, "pooled": pooled}
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        config = self.model.config
+        return {"text": (512, int(config.joint_attention_dim)), "pooled": (int(config.pooled_projection_dim),)}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         text = self.given(cond, "text").to(x.dtype)
         height, width = x.shape[-2:]

@@ -31,6 +31,10 @@ class PixArt(Stock):
     def unguided(self) -> dict[str, Any]:
         return {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        sizes: dict[str, tuple[int, ...]] = {"text": (300, int(self.model.config.caption_channels)), "mask": (300,)}
+        return {**sizes, "size": (2,)} if self.model.use_additional_conditions else sizes
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         added: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if self.model.use_additional_conditions:

@@ -31,6 +31,9 @@ class QwenImage(Packed):
         text, mask = pipeline.encode_prompt(texts, device=pipeline.device, **as_called(pipeline))
         return {"text": text, "mask": torch.ones(text.shape[:2], dtype=torch.int64) if mask is None else mask}
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        return {"text": (512, int(self.model.config.joint_attention_dim)), "mask": (512,)}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         height, width = x.shape[-2:]
         tokens = self.model(

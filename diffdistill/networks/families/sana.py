@@ -30,6 +30,9 @@ class Sana(Stock):
     def unguided(self) -> dict[str, Any]:
         return {"guidance_scale": 1.0, "use_resolution_binning": False, "clean_caption": False}
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        return {"text": (300, int(self.model.config.caption_channels)), "mask": (300,)}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         return self.model(
             x,

@@ -28,6 +28,10 @@ class SD3(TwoStreams):
         )
         return {"text": text, "pooled": pooled}
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        config = self.model.config  # 77 tokens of CLIP and 256 of T5
+        return {"text": (77 + 256, int(config.joint_attention_dim)), "pooled": (int(config.pooled_projection_dim),)}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         return self.model(
             x,

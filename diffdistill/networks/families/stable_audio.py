@@ -47,6 +47,13 @@ class StableAudio(Stock):
         start, end = pipeline.encode_duration([0.0] * B, [self.seconds] * B, device, False, B)
         return {"text": torch.cat([text, start, end], 1), "pooled": torch.cat([start, end], 2)}
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        config = self.model.config  # 128 tokens, the start and the end
+        return {
+            "text": (130, int(config.cross_attention_input_dim)),
+            "pooled": (1, int(config.global_states_input_dim)),
+        }
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         from diffusers.models.embeddings import get_1d_rotary_pos_embed
 

@@ -56,6 +56,14 @@ class StableDiffusion(ReadsScale):
             return {}
         return {"time_ids": torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)}
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        config = self.model.config
+        sizes: dict[str, tuple[int, ...]] = {"text": (77, int(config.cross_attention_dim))}
+        if config.addition_embed_type != "text_time":
+            return sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        return {**sizes, "pooled": (pooled,), "time_ids": (6,)}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         config = self.model.config
         inputs: dict[str, Any] = {"encoder_hidden_states": self.given(cond, "text").to(x.dtype)}

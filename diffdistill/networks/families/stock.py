@@ -147,6 +147,10 @@ class Stock(nn.Module, ABC):
         """Conditions [1, ...] that tell the size in pixels, of models that are told."""
         return {}
 
+    @abstractmethod
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the conditions of one sample, by name, for prompts as long as its pipeline pads them to."""
+
     def unguided(self) -> dict[str, Any]:
         """Keywords that switch the guidance of its pipeline's call off."""
         return {"guidance_scale": 1.0}

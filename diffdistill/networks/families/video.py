@@ -33,6 +33,9 @@ class WanVideo(Stock):
     def tokens(self, shape: tuple[int, ...]) -> int:
         return _patches(shape, self.model.config.patch_size)
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        return {"text": (512, int(self.model.config.text_dim))}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         return self.model(self.with_more(x, cond), t_net, self.given(cond, "text").to(x.dtype), return_dict=False)[0]
 
@@ -55,6 +58,10 @@ class CogVideoX(Stock):
     def tokens(self, shape: tuple[int, ...]) -> int:
         p = self.model.config.patch_size
         return _patches(shape, (self.model.config.patch_size_t or 1, p, p))
+
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        config = self.model.config
+        return {"text": (int(config.max_text_seq_length), int(config.text_embed_dim))}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         out = self.model(
@@ -104,6 +111,9 @@ class LTXVideo(Stock):
     def tokens(self, shape: tuple[int, ...]) -> int:
         return shape[1] * shape[2] * shape[3]
 
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        return {"text": (128, int(self.model.config.caption_channels)), "mask": (128,)}
+
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         frames, height, width = x.shape[2:]
         tokens = self.model(
@@ -143,6 +153,11 @@ class HunyuanVideo(ReadsScale):
     def tokens(self, shape: tuple[int, ...]) -> int:
         p = self.model.config.patch_size
         return _patches(shape, (self.model.config.patch_size_t, p, p))
+
+    def asked(self) -> dict[str, tuple[int, ...]]:
+        config = self.model.config
+        text: dict[str, tuple[int, ...]] = {"text": (256, int(config.text_embed_dim)), "mask": (256,)}
+        return {**text, "pooled": (int(config.pooled_projection_dim),)}
 
     def forward(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         guidance = None
