@@ -26,7 +26,7 @@ from diffdistill.stand_in import Made
 from diffdistill.trainer import Trainer
 from diffdistill.training_state import TrainingState
 
-SKETCHES = 16  # steps, at least
+SKETCHES = 12  # steps, at least
 SPREAD = ("weights", "optimizer", "averages", GRADIENTS)  # what sharding spreads over devices
 
 

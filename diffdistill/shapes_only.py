@@ -334,8 +334,8 @@ def remembered(network: Any, ledger: Ledger) -> None:
         if any(block._forward_hooks for block in blocks) or torch._C._functorch.peek_interpreter_stack() is not None:
             return forward(x, t_net, cond)
         if grad and ledger.sketching and key in shapes:
-            weights = [weight for weight in network.parameters() if weight.requires_grad][:1]
-            return _Sketched.apply(*shapes[key], x, *weights)
+            weight = next((weight for weight in network.parameters() if weight.requires_grad), None)
+            return _Sketched.apply(*shapes[key], x, *(() if weight is None else (weight,)))
         if grad or key not in seen:
             with nullcontext(Passing()) if grad else ledger.aside() as passing:
                 out: Tensor = forward(x, t_net, cond)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -119,7 +121,7 @@ class Networks:
     def device(self) -> torch.device:
         return self._device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """Of states: float64 for a float64 teacher, else float32 (frozen weights may be narrower)."""
         wide = any(p.dtype == torch.float64 for p in self.teacher.parameters())
@@ -261,8 +263,8 @@ class Networks:
 
     @property
     def _device(self) -> torch.device:
-        tensors = [*self.teacher.parameters(), *self.teacher.buffers()]
-        return tensors[0].device if tensors else torch.device("cpu")
+        first = next(itertools.chain(self.teacher.parameters(), self.teacher.buffers()), None)
+        return torch.device("cpu") if first is None else first.device
 
     def _guidance(self, scale: float, interval: tuple[float, float] | None) -> Guidance | None:
         if scale == 1.0:
