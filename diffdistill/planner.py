@@ -345,7 +345,7 @@ def _memory(steps: Sequence[Step], limit: int | None) -> Table:
     for kind in ("weights", "optimizer", "averages", GRADIENTS, ACTIVATIONS):
         table.add_row(kind, *(_scaled(step.found.peak.get(kind, 0.0)) for step in steps))
     if any(step.found.gathered for step in steps):
-        table.add_row("gathered layers", *(_scaled(step.found.gathered) for step in steps))
+        table.add_row("gathered blocks", *(_scaled(step.found.gathered) for step in steps))
     table.add_row("together", *(_scaled(step.found.bytes) for step in steps))
     if limit is not None:
         table.add_row("fits", *("yes" if step.found.bytes <= limit else "no" for step in steps))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """parts: by role.  peak: bytes by kind on one device when most are live.  gathered: bytes of whole layers that a
+    """parts: by role.  peak: bytes by kind on one device when most are live.  gathered: bytes of whole blocks that a
     sharded step brings together at once.  flops: of one step on one device, mean over the method's cycle, by phase.
     samples: of one step, all devices.
     """
@@ -94,10 +94,12 @@ def rehearse(settings: Mapping[str, Any], data: Data, teacher: Any, devices: int
     flops = _Steps(recipe, trainer, state, ledger, lowered, accumulate).flops()
     for hook in hooks:
         hook.remove()
-    parts = tuple(_part(recipe.networks, state, role) for role in ("teacher", *recipe.networks.roles) if role != "")
-    gathered = 0.0 if devices == 1 else 2.0 * max(_bytes(m.parameters()) for m in _layers(recipe.networks))
+    roles = dict.fromkeys(("teacher", *recipe.networks.roles))
+    parts = tuple(_part(recipe.networks, state, role) for role in roles)
+    # a block in use and the next one
+    gathered = 0.0 if devices == 1 else 2.0 * max(_bytes(m.parameters()) for m in recipe.networks.teacher.blocks)
     samples = trainer.batch_size * accumulate * devices
-    return Rehearsal(_once(parts), ledger.peak, gathered, flops, samples)
+    return Rehearsal(parts, ledger.peak, gathered, flops, samples)
 
 
 class _Steps:
@@ -210,15 +212,6 @@ def _part(networks: Networks, state: TrainingState, role: str) -> Part:
     build_, mode = networks.roles[role].build, networks.modes[role]
     return Part(role, mode if build_ == "denoiser" else build_, _count(own), weights, weights if trained else 0,
                 optimizer, averages)  # fmt: skip
-
-
-def _once(parts: Sequence[Part]) -> tuple[Part, ...]:
-    return tuple({part.role: part for part in parts}.values())
-
-
-def _layers(networks: Networks) -> list[nn.Module]:
-    """What a sharded step brings together as a whole: the blocks, and what is left beside them."""
-    return [*networks.teacher.blocks]
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -271,18 +271,11 @@ def _raise(x: Any) -> Any:
     return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
 
 
-def _attend(
-    ledger: Ledger,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attention [B, H, N, D] by a fused kernel: it keeps its inputs, its output and a number per row."""
+def _attend(ledger: Ledger, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Tensor:
+    """Attention [B, H, N, D] by a fused kernel: it keeps its inputs, its output and a number per row.
+
+    What else it is told (mask, causality, scale) changes no size; a mask is the caller's own.
+    """
     return _Fused.apply(ledger, query, key, value)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from planned import Case
 from test_matrix import DISTILLERS
-from tiny_families import write_families
+from tiny_families import TINY, write_families
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,8 +24,9 @@ from diffdistill.config import build, compose
 from diffdistill.memory import PeakBytes
 from diffdistill.networks.families.stock import Stock
 from diffdistill.rehearsal import Rehearsal, rehearse
+from diffdistill.rng import Rng
 from diffdistill.shapes_only import Ledger, OnAGpu
-from diffdistill.stand_in import stand_in
+from diffdistill.stand_in import StandIn, stand_in
 
 QUICK = ("digits dmd2 copy", "digits dmd2 lora", "shapes_t2i dmd2 lora")
 
@@ -140,6 +141,17 @@ def test_shipped_shapes_are_those_of_the_published_models(size: str) -> None:
     pixels = None if network.model.config.get("sample_size") else (480, 832)
     data = stand_in(network, pixels, 9, latent_factors(path))
     assert set(network.needs) <= data.sizes.keys()
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+def test_every_family_runs_on_the_conditions_it_asks_for(family: str) -> None:
+    network: Any = TINY[family].network()
+    data = StandIn(TINY[family].shape, network.asked(), network.num_classes)
+    batch = data.batch(Rng(0, ids=range(2)), 2, frozenset({"x0"}), torch.float32)
+    assert batch.x0 is not None and set(network.needs) <= batch.cond.keys()
+    with torch.no_grad():
+        out = network(batch.x0, torch.ones(2), batch.cond)
+    assert out.shape == (2, *TINY[family].shape)
 
 
 @contextmanager
