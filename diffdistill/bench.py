@@ -29,6 +29,7 @@ from diffdistill.errors import UserError
 from diffdistill.machine import machine
 from diffdistill.networks.call import Pass, recorded_passes
 from diffdistill.recipe import Recipe, assemble
+from diffdistill.run_folder import new_file
 from diffdistill.trainer import Trainer
 
 SCHEMA = 1
@@ -52,8 +53,8 @@ def step(distillers: list[str], teachers: list[str], pairs: int, quick: bool, ou
     """
     if pairs < 2:
         raise UserError("pairs", "must be >= 2", pairs, "40 is a good number.")
-    if out is not None and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
-        raise UserError("out", "must name a file in an existing folder", out, "Make the folder, or name a file.")
+    if out is not None:
+        new_file("out", out)
     for key, names, group in (("distillers", distillers, "distiller"), ("teachers", teachers, "networks")):
         known = config_files.groups()[group]
         if not names or (unknown := [name for name in names if name not in known]):

@@ -29,7 +29,7 @@ from diffdistill.networks.families.stock import Stock
 from diffdistill.networks.families.words import latent_factors
 from diffdistill.networks.files import resolve
 from diffdistill.rehearsal import Rehearsal, rehearse
-from diffdistill.run_folder import writing
+from diffdistill.run_folder import new_file, writing
 from diffdistill.shapes_only import ACTIVATIONS, GRADIENTS
 from diffdistill.stand_in import stand_in
 
@@ -76,8 +76,8 @@ def plan(
     require_at_least(1, devices=devices, frames=1 if frames is None else frames)
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise UserError("size", "must be two numbers >= 1, height and width", list(size), "Mend it.")
-    if out is not None and (Path(out).is_dir() or not Path(out).absolute().parent.is_dir()):
-        raise UserError("out", "must name a file in an existing folder", out, "Make the folder, or name a file.")
+    if out is not None:
+        new_file("out", out)
     rate = _rate(device_rate)
     words, fill = completed(overrides)
     recipe = _Planned([*words, *fill], size, frames)

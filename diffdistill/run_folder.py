@@ -198,3 +198,14 @@ def read_json(path: Path, key: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(key, "must hold readable JSON", str(path), f"{type(error).__name__}: {error}"[:200]) from error
     return values
+
+
+def new_file(key: str, path: str) -> Path:
+    """A path whose folder exists and that is no folder itself, nor a file that a run wrote."""
+    file = Path(path)
+    for folder in file.absolute().parents:
+        if file.exists() and RunFolder(folder).config_file.is_file() and RunFolder(folder).checkpoints.is_dir():
+            raise UserError(key, "must not replace a file of a run", path, "Name another file.")
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise UserError(key, "must name a file in an existing folder", path, "Make the folder, or name a file.")
+    return file

@@ -22,7 +22,7 @@ from diffdistill.export import write as write_pipeline
 from diffdistill.networks.roles import Networks
 from diffdistill.pictures import draw_picture, where
 from diffdistill.pipelines import PipelineSampler, with_steps
-from diffdistill.run_folder import RunFolder, read_json, writing
+from diffdistill.run_folder import new_file, read_json, writing
 from diffdistill.saved_run import Choice, load_merged, load_run
 from diffdistill.solvers import Sampler
 
@@ -47,7 +47,7 @@ def sample(
     """
     if num < 1:
         raise UserError("num", "must be >= 1", num, "Ask for at least one sample.")
-    picture = _new_file("out", out)
+    picture = new_file("out", out)
     plots.check_picture(out)
     set_, sampler, networks = _source(run, pipeline, data, steps, checkpoint)
     with torch.no_grad(), writing(out, "out", _ELSEWHERE):
@@ -74,7 +74,7 @@ def evaluate(
     if metrics == ():
         raise UserError("metrics", "must name a metric", "[]", "Leave it out for those that fit the data.")
     if out is not None:
-        _new_file("out", out)
+        new_file("out", out)
     judge = Evaluation(0, num_samples, num_samples, metrics, seed, batch_size, replicates, "none", prdc_space)
     set_, sampler, networks = _source(run, pipeline, data, steps, checkpoint)
     judge.check(set_)
@@ -158,14 +158,3 @@ def _source(
         return chosen, PipelineSampler.load(str(pipeline), steps), None
     told = whole()
     return told, replace(PipelineSampler.load(str(pipeline), steps), prompts=told.texts), None
-
-
-def _new_file(key: str, path: str) -> Path:
-    """A path whose folder exists and that is no folder itself, nor a file that a run wrote."""
-    file = Path(path)
-    for folder in file.absolute().parents:
-        if file.exists() and RunFolder(folder).config_file.is_file() and RunFolder(folder).checkpoints.is_dir():
-            raise UserError(key, "must not replace a file of a run", path, "Name another file.")
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise UserError(key, "must name a file in an existing folder", path, "Make the folder, or name a file.")
-    return file

@@ -306,6 +306,15 @@ def test_mistakes_are_one_message(words: list[str], message: str, capsys: pytest
     assert message in told and "Traceback" not in told
 
 
+def test_a_file_of_a_run_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("config.yaml", "summary.json"):
+        (tmp_path / name).write_text("{}")
+    assert main(["plan", "data=gmm2d", f"out={tmp_path}/summary.json"]) == 2
+    assert "out must not replace a file of a run" in capsys.readouterr().err
+    assert (tmp_path / "summary.json").read_text() == "{}"
+
+
 def test_the_measured_rate_is_this_machine_s() -> None:
     assert 1e-4 < planner.measured_rate(size=256) < 1e4
     with pytest.raises(UserError):
