@@ -85,8 +85,8 @@ VERBS = {
     "doctor": Verb(
         "diffdistill.doctor:doctor",
         "doctor",
-        "report versions, devices, kernels, extras and cache folders",
-        ("doctor",),
+        "report versions, devices, kernels, extras and cache folders, or whether a teacher is read as it was trained",
+        ("doctor", "doctor networks=sd15 networks.path=DIR data=latents data.path=DIR"),
     ),
     "bench step": Verb(
         "diffdistill.bench:step",
@@ -186,6 +186,10 @@ def _dispatch(argv: list[str]) -> int:
         from . import planner
 
         rest = planner.arguments(rest)
+    elif name == "doctor":
+        from .doctor import arguments as train_in_overrides
+
+        rest = train_in_overrides(rest)
     return run(VERBS[name], *_options_and_overrides(rest))
 
 

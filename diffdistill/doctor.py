@@ -1,4 +1,4 @@
-"""`diffdistill doctor`: what this environment has."""
+"""`diffdistill doctor`: what this environment has, and whether a teacher is read as it was trained."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from diffdistill.config import build, compose, override
 from diffdistill.errors import UserError
+from diffdistill.probe import Probe, ask
+from diffdistill.recipe import assemble
 
 PACKAGES = (
     "diffdistill", "torch", "torchvision", "diffusers", "accelerate", "hydra-core", "omegaconf", "clean-fid", "peft",
@@ -24,10 +28,25 @@ PACKAGES = (
 EXTRAS = {"xformers": ("xformers",), "notebooks": ("jupyterlab", "nbclient"), "dev": ("pytest", "ruff", "mypy")}
 
 
-def doctor(run: str | None) -> dict[str, Any]:
-    """Print and return versions, devices, kernels, extras and cache places; may compile the native kernel."""
+OWN = ("run", "overrides")
+
+
+def arguments(words: Sequence[str]) -> list[str]:
+    """The words of the command line as keys of this verb: train's keys gathered in overrides."""
+    others = [word for word in words if "=" in word and word[0] != "-" and word.partition("=")[0] not in OWN]
+    own = [word for word in words if word not in others]
+    return [*own, *([override("overrides", others)] if others else [])]
+
+
+def doctor(run: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
+    """Print and return versions, devices, kernels, extras and cache places; may compile the native kernel.
+
+    overrides: of train; with any, the teacher of that recipe is asked instead, as before training.
+    """
     if run is not None:
         raise UserError("run", "is not looked at yet: doctor reports on the environment only", run, "Leave run out.")
+    if overrides:
+        return _teacher(overrides)
     report = {
         "python": f"{platform.python_version()} ({sys.executable})",
         "packages": {name: _version(name) for name in PACKAGES},
@@ -44,6 +63,23 @@ def doctor(run: str | None) -> dict[str, Any]:
             table.add_row(f"{key} {name}".strip(), str(found))
     Console().print(table)
     return report
+
+
+def _teacher(overrides: Sequence[str]) -> dict[str, Any]:
+    """Ask the teacher of a recipe; its residuals by noise level."""
+    settings = compose("train", [*overrides, "run_dir=none"])
+    probe: Probe | None = build(settings["probe"])
+    if probe is None:
+        raise UserError("probe", "must not be null here", None, "Leave it out.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    verdict = ask(probe, assemble({str(key): settings[key] for key in settings}, device), settings["networks"])
+    table = Table("noise-to-signal ratio, in standard deviations of the data", "residual, of a straight line's")
+    residuals = () if verdict.declared is None else verdict.declared.residuals
+    for level, residual in zip(verdict.levels, residuals, strict=False):
+        table.add_row(f"{level:.3g}", f"{residual:.3g}")
+    if residuals:
+        Console().print(table)
+    return {"levels": list(verdict.levels), "residuals": list(residuals), "condition": verdict.condition}
 
 
 def _version(name: str) -> str:

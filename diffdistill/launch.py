@@ -24,6 +24,7 @@ from diffdistill.evaluation.harness import Evaluation
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
+from diffdistill.probe import Probe, ask
 from diffdistill.recipe import MADE, Recipe, assemble
 from diffdistill.run import Run
 from diffdistill.run_folder import RunFolder, read_json, writing
@@ -34,7 +35,7 @@ from diffdistill.warm_start import warm_start
 
 # What may differ when a run goes on: where it lies and how often it saves, not what it computes.
 _FREE = ("trainer.checkpoint_every", "trainer.keep")
-_NOT_COMPARED = ("run_dir", "resume", "dry_run", "command", *_FREE)
+_NOT_COMPARED = ("run_dir", "resume", "dry_run", "command", "probe", *_FREE)
 Resume = bool | Literal["auto"]
 
 
@@ -56,6 +57,7 @@ def train(
     adapter: DictConfig,
     pairs: DictConfig | None,
     trajectories: DictConfig | None,
+    probe: DictConfig | None,
     resume: bool | Literal["auto"],
     compile: bool,
     checkpointing: bool,
@@ -66,7 +68,7 @@ def train(
 
     Everything a user can get wrong is checked before the first step, for every stage; with dry_run that is all that
     happens. pairs, trajectories: a PairSource and a TrajectorySource, for methods that need what the teacher makes.
-    resume: true goes on with the run in run_dir; auto does,
+    probe: a Probe, which asks the teacher before it is used. resume: true goes on with the run in run_dir; auto does,
     or begins where there is none.
     """
     settings: Mapping[str, Any] = dict(locals())
@@ -118,7 +120,8 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     if judge is not None and judge.metrics == ():
         judge = None
     trainer.check_roles(recipe.networks)
-    if not checkpoint.steps(part.folder.checkpoints):  # else weights come from there, and the source may be gone
+    fresh = not checkpoint.steps(part.folder.checkpoints)
+    if fresh:  # else weights come from there, and the source may be gone
         warm_start(recipe.networks, settings["init"] or {}, functools.partial(_source, part, among))
     figures: dict[str, Any] = {}
     if judge is not None:
@@ -127,6 +130,9 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
             factors.check(recipe)
         if judge.teacher == "card":
             figures = harness.read_card(*card_of(settings["networks"]), judge, recipe.data, recipe.sampler.nfe)
+    probe: Probe | None = build(settings.get("probe"))
+    if probe is not None and fresh and device.type != "meta":
+        ask(probe, recipe, settings["networks"])
     for key in MADE.values():  # also where this method needs none: a mistake is told
         build(settings.get(key))
     return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings))
@@ -175,7 +181,7 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-    for key in ("adapter", "attention", *MADE.values()):
+    for key in ("adapter", "attention", "probe", *MADE.values()):
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
     ours, theirs = (dict(_leaves(OmegaConf.create(_plain(node)))) for node in (settings, stored))
@@ -183,7 +189,7 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
     free = [key for key in _FREE if any(word.startswith(f"{key}=") for word in words)]
     if len(words) > len(free):
         for key in dict.fromkeys([*theirs, *ours]):
-            if key not in _NOT_COMPARED and ours.get(key) != theirs.get(key):
+            if key not in _NOT_COMPARED and not key.startswith("probe.") and ours.get(key) != theirs.get(key):
                 fix = "Leave it out, or start a new run from the weights: init.student=run:DIR."
                 given = show(ours.get(key))
                 raise UserError(key, f"must be {show(theirs.get(key))}, as in the run that goes on", given, fix)

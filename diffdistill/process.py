@@ -381,6 +381,17 @@ class F(Kind):
 
 
 @dataclass(frozen=True)
+class Negated(Kind):
+    """Another kind with its sign turned: what a flow predicts whose time runs from noise to data."""
+
+    kind: Kind
+
+    def row(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = self.kind.row(process, t)
+        return -a, -b
+
+
+@dataclass(frozen=True)
 class BoundaryF(Kind):
     """F with the scalings of diffusers' CMStochasticIterativeScheduler: the implied x0 at noise level sigma_min is x_t.
 

@@ -183,6 +183,12 @@ RANGES: dict[str, tuple[str, ...]] = {
     "distill.steps": COUNT,
     "distill.overrides": ("[nowhere=1]",),
     "plan.overrides": ("[nowhere=1]",),
+    "doctor.overrides": ("[nowhere=1]",),
+    "Probe.num_samples": ("0", "1", "1.5"),
+    "Probe.levels": ("0", "1", "1.5"),
+    "Probe.margin": ("0.0", "1.0", "-1.0"),
+    "Probe.batch_size": COUNT,
+    "Probe.seed": ("-1", "1.5"),
     "device_memory": ("0", "much", "24XB", "''"),
     "devices": COUNT,
     "device_rate": POSITIVE,
@@ -415,7 +421,8 @@ def test_a_misspelt_key_is_told_with_the_right_one(places: str, here: Path, fini
     cases = [
         (key, f"{misspelt(key)}=1", f"Did you mean {key.name}" if key.owner else misspelt(key))
         for key in chosen_keys(places)
-        if not is_inner_word(key) and key.verb not in ("distill", "plan")  # what they do not know is a key of train
+        if not is_inner_word(key)
+        and key.verb not in ("distill", "plan", "doctor")  # what they do not know is a key of train
     ]
     report(faults(cases, finished, images))
     assert not list(here.iterdir())
