@@ -38,9 +38,9 @@ FITS = 1.1  # times the straight line's residual, at every level
 STRAIN = 0.15  # of the logarithm of slopes, on samples of its own
 VARIES = 0.2  # residual that samples of another reading must leave at some level: constants leave none
 TOLD = 0.1  # share of what it should be that an output must explain, on average; noise explains none
-VALUES = 2**12  # that residuals are means over, in at least LEAST samples
+VALUES = 2**11  # that residuals are means over, in at least LEAST samples
 AT_ONCE = 2**16  # values in a batch
-LEAST, MOST = 4, 1024
+LEAST, MOST = 4, 512
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def ask(probe: Probe, recipe: Recipe, networks: Mapping[str, Any]) -> Verdict:
 
 @dataclass(frozen=True)
 class Probe:
-    """num_samples: of data, or drawn; null: so many that residuals are means over 4,096 values, 4 to 1,024.
+    """num_samples: of data, or drawn; null: so many that residuals are means over 2,048 values, 4 to 512.
 
     batch_size: samples at once; null: so many that they hold 65,536 values.  levels: noise levels, spread geometrically
     over 0.1 to 8 standard deviations of the data.  margin: share by which another reading must lower the residual to be
