@@ -24,7 +24,7 @@ from diffdistill.data import GaussianData, Mixture2D
 from diffdistill.distillers.base import Batch
 from diffdistill.networks.exact import Gaussian, mixture_on_circle
 from diffdistill.networks.files import resolve
-from diffdistill.probe import Probe, Verdict
+from diffdistill.probe import Probe, Verdict, _Errors, _survives
 from diffdistill.process import EDM, EPS, VELOCITY, VP, X0, BoundaryF, F, Negated, RectifiedFlow, Trig, V
 from diffdistill.readings import Inputs, Reading, declared, kinds, other_inputs
 from diffdistill.recipe import assemble
@@ -227,6 +227,26 @@ def test_samples_of_untrained_weights_are_no_evidence(name: str) -> None:
     verdict = Probe(num_samples=4, levels=4).examine(network_of(name), Signs(TINY[name], stored=False))
     verdict.refuse({})
     assert "under no reading that is known" in verdict.lines()[0]
+
+
+def test_a_reading_that_is_worse_anywhere_is_not_better() -> None:
+    """A teacher that is poor at high noise is not misread for that."""
+    own = _Errors(torch.tensor([0.5, 0.5, 0.5]), 0.5, 1.0)
+    for residual, survives in ((0.4, True), (0.5, True), (0.505, True), (0.6, False)):
+        assert _survives(replace(own, each=torch.full((3,), residual)), own) == survives
+    bad = replace(own, each=torch.full((3,), 4.0))
+    for residual, survives in ((1.0, True), (1.5, False)):  # better than the declared one, and no denoiser
+        assert _survives(replace(own, each=torch.full((3,), residual)), bad) == survives
+    noisy = replace(own, each=torch.tensor([0.2, 0.9, 0.5]))  # .53: within the noise of three samples
+    assert _survives(noisy, own)
+
+
+def test_constants_are_no_samples() -> None:
+    """A reading under which all samples are constants leaves nothing: here the clean sample, on a flow told angles."""
+    network = network_of("sd3")
+    inputs = next(i for i in other_inputs(network, False) if "TrigFlow" in i.what)
+    better = found("sd3", Reading(inputs, network.kind), stored=False).better
+    assert better is not None and max(better.residuals) >= 0.2
 
 
 def test_silence_is_no_reading() -> None:
