@@ -137,8 +137,9 @@ def likely(network: Any) -> list[Inputs]:
     every = list(other_inputs(network, True))
     if network.kind == V:  # linear betas are 2 percent from scaled ones there
         wanted = wanted[:-2] + wanted[-1:]
-    return [next(inputs for inputs in every if part in inputs.what) for part in wanted
-            if any(part in inputs.what for inputs in every)]  # fmt: skip
+    there = [[inputs for inputs in every if part in inputs.what] for part in wanted]
+    assert all(there[:-2])  # its own process is no other one
+    return [found[0] for found in there if found]
 
 
 def refuse_others(name: str, every: list[Inputs]) -> None:
