@@ -47,7 +47,7 @@ def test_every_recipe_composes_and_says_what_it_costs(name: str, method: str, pl
 
 def test_one_command_ends_with_a_pipeline(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    small = ["trainer.steps=2", "trainer.accumulate=1", "trainer.batch_size=2", "data.size=[16,16]"]
+    small = ["trainer.steps=2", "trainer.accumulate=1", "trainer.batch_size=2", "data.size=[16,16]", "probe=null"]
     words = ["distill", str(place / "sd15"), "method=dmd2", f"prompts={place / 'prompts.txt'}", f"run_dir={run}"]
     assert main([*words, *small]) == 0
     said = capsys.readouterr().out
