@@ -75,7 +75,8 @@ class Verdict:
 
     own: whether they were measured on the teacher's own samples, for want of data.  levels: noise-to-signal ratios, in
     standard deviations of the data.  condition: the scale w at which D_null + w (D_c - D_null) leaves the least; None
-    where there is no condition to leave out, or no data.  silent: why nothing was measured; "" if it was.
+    where there is no condition to leave out, or no data.  silent: why nothing was measured; "" if it was.  doubt: two
+    standard errors of condition.
     """
 
     declared: Finding | None
@@ -85,6 +86,7 @@ class Verdict:
     condition: float | None = None
     seconds: float = 0.0
     silent: str = ""
+    doubt: float = 0.0
 
     def lines(self) -> list[str]:
         """For people, an accepted teacher's included."""
@@ -122,7 +124,7 @@ class Verdict:
                 f"{self.better.reading.what}",
                 f"{_where(networks)} probe=null trains as it is.",
             )
-        if self.condition is not None and self.condition < 0.5:
+        if self.condition is not None and self.condition + self.doubt < 0.5:
             raise UserError(
                 "networks",
                 "must denoise the data best with their condition, at w = 1 of D_null + w (D_c - D_null)",
@@ -198,13 +200,13 @@ class Probe:
         """On data."""
         asked = _Asked(network, x0, cond, rng, self.levels, at_once)
         own, best = _compared(asked, declared(network), network, True, self.margin)
-        weight = None
+        weight, doubt = None, 0.0
         if best is None and (null := getattr(network, "null", None)) is not None and cond:
             empty = {**cond, **{k: v.to(x0.device).expand(len(x0), *v.shape[1:]) for k, v in null.items()}}
             without = _Asked(network, x0, empty, rng, self.levels, at_once).finding(own.reading)
             if own.fits or (without is not None and without.fits):  # else weights are at fault, not conditions
-                weight = asked.weight(own.reading, null)
-        return Verdict(own, best, False, asked.levels, weight)
+                weight, doubt = asked.weight(own.reading, null)
+        return Verdict(own, best, False, asked.levels, weight, doubt=doubt)
 
     def _own(
         self, network: Network, cond: Cond, rng: Rng, shape: tuple[int, ...], dtype: torch.dtype, at_once: int
@@ -330,8 +332,9 @@ class _Asked:
                 return None
         return _summed(reading, found)
 
-    def weight(self, reading: Reading, null: Cond) -> float | None:
-        """w in D_null + w (D_c - D_null) that leaves the least, over the upper half of the levels.
+    def weight(self, reading: Reading, null: Cond) -> tuple[float, float]:
+        """w in D_null + w (D_c - D_null) that leaves the least, over the upper half of the levels, and two standard
+        errors of it: where the condition changes little, few samples say little.
 
         NaN where the condition changes nothing.
         """
@@ -348,8 +351,10 @@ class _Asked:
                 for found, part in ((above, (x0 - without) * gap), (below, gap.square()), (size, x0.square())):
                     found.append(part.flatten(1).mean(1).double())
         if float(torch.cat(below).mean()) < 1e-8 * float(torch.cat(size).mean()):
-            return math.nan
-        return float(torch.cat(above).sum() / torch.cat(below).sum())
+            return math.nan, 0.0
+        gains, gaps = torch.cat(above), torch.cat(below)
+        w = float(gains.sum() / gaps.sum())
+        return w, 2 * float((gains - w * gaps).std()) * math.sqrt(len(gains)) / float(gaps.sum())
 
 
 @dataclass(frozen=True)
