@@ -187,13 +187,11 @@ def _processes(network: Network, own: Inputs) -> Iterator[Inputs]:
             continue
         for units, time, scale in _conventions(process):
             yield replace(own, what=f"it was trained on {what}{units}", process=process, time=time, scale=scale)
-    if isinstance(own.process, RectifiedFlow | Trig):
-        return
     if isinstance(own.process, VP):  # the same betas with the other end, and CogVideoX's shifts
         turned = replace(own.process, zero_terminal_snr=not own.process.zero_terminal_snr)
         name = "with" if turned.zero_terminal_snr else "without"
         yield replace(own, what=f"it was trained {name} rescale_betas_zero_snr", process=turned)
-        for shift in {1.0, 3.0} - {own.process.snr_shift}:
+        for shift in sorted({1.0, 3.0} - {own.process.snr_shift}):
             moved = replace(own.process, snr_shift=shift)
             yield replace(own, what=f"it was trained with snr_shift_scale {shift:g}", process=moved)
 
