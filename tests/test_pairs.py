@@ -124,7 +124,7 @@ def test_a_cache_without_permission_is_told_before_the_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("diffdistill.cached_tensors.os.access", lambda path, mode: False)  # root may write anywhere
-    words = [f"pairs.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", "evaluation=none"]
+    words = [f"pairs.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", "evaluation=none", "probe=null"]
     with recorded_passes() as passes:
         assert main(["train", "data=gmm2d", "distiller=dmd", *words]) == 2
     assert "pairs.cache must be writable: permission denied" in capsys.readouterr().err
