@@ -50,10 +50,14 @@ VERBS = {
         ("sample run=runs/x num=64 out=grid.png", "sample pipeline=runs/x/pipeline data=digits seed=1"),
     ),
     "evaluate": Verb(
-        "diffdistill.verbs:evaluate",
+        "diffdistill.measurement:evaluate",
         "evaluate",
-        "measure samples of a run or a pipeline folder against real data",
-        ("evaluate run=runs/x out=eval.json", "evaluate pipeline=DIR data=digits 'metrics=[fd,label_agreement]'"),
+        "measure samples of a run, a pipeline or a folder against a data set, a folder or saved statistics",
+        (
+            "evaluate run=runs/x out=eval.json",
+            "evaluate pipeline=DIR data=digits 'metrics=[all]'",
+            "evaluate samples=DIR reference=DIR features=inception",
+        ),
     ),
     "export": Verb(
         "diffdistill.verbs:export",

@@ -16,7 +16,7 @@ from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import require_positive
 from diffdistill.evaluation.features import FeatureNetwork, load_features
-from diffdistill.evaluation.metrics import Reference
+from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.exact import check_rows, circle
 from diffdistill.rng import Rng
 

@@ -21,7 +21,7 @@ from diffdistill.data import Source, epoch_indices, uniform_classes
 from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError
-from diffdistill.evaluation.metrics import Reference
+from diffdistill.evaluation.reference import Reference
 from diffdistill.rng import Rng
 
 Classes = Literal["subfolders", "none"]

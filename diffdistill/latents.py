@@ -28,7 +28,7 @@ from diffdistill.data import Source, epoch_indices
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError
 from diffdistill.evaluation.features import FeatureNetwork
-from diffdistill.evaluation.metrics import Reference
+from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.codec import Codec
 from diffdistill.rng import Rng
 

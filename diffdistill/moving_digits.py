@@ -17,7 +17,7 @@ from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.evaluation.features import FeatureNetwork, load_features
-from diffdistill.evaluation.metrics import Reference
+from diffdistill.evaluation.reference import Reference
 from diffdistill.rng import Rng
 
 SIDE = 8  # of a scan, pixels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +42,13 @@ class PipelineSampler:
 
     @classmethod
     def load(cls, folder: str, steps: int | None = None) -> PipelineSampler:
-        """Raises UserError, naming the file, if `folder` is not a whole pipeline.
+        """Raises UserError, naming the file, if `folder` (or hub id ORGANISATION/NAME) is not a whole pipeline.
 
-        steps: num_inference_steps instead of call.json's grid.
+        It goes to the GPU where there is one.  steps: num_inference_steps instead of call.json's grid.
         """
         from diffusers import DiffusionPipeline
 
-        path = Path(folder)
+        path = _located(folder)
         if steps is not None and steps < 1:
             raise UserError("steps", "must be >= 1", steps, "Leave it out for what the pipeline was made for.")
         if not (path / "model_index.json").is_file():
@@ -61,7 +62,9 @@ class PipelineSampler:
         _check_files(path, contract.get("sha256", {}))
         try:
             with quiet_libraries():
-                pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+                pipeline = DiffusionPipeline.from_pretrained(str(path), local_files_only=True)
+            if torch.cuda.is_available():
+                pipeline.to("cuda")
             pipeline.set_progress_bar_config(disable=True)
             signature = inspect.signature(pipeline.__call__).parameters
         except Exception as error:  # diffusers checks little of what it reads
@@ -91,7 +94,7 @@ class PipelineSampler:
                 raise UserError(
                     "pipeline", "must take class_labels for data with classes", type(self.pipeline), "Use another."
                 )
-            inputs["class_labels"] = cond["label"]
+            inputs["class_labels"] = cond["label"].to(self.pipeline.device)
         generator = torch.Generator().manual_seed(rng.torch_seed())
         try:
             made = self.pipeline(**inputs, **self.call, generator=generator, output_type="pt")
@@ -104,6 +107,20 @@ class PipelineSampler:
             if z.shape[1] == 1:  # a grey video in three channels
                 images = images.mean(1, keepdim=True)
         return images * 2 - 1
+
+
+def _located(name: str) -> Path:
+    """The folder of a pipeline; what a hub id names is looked for in the hub's cache, else downloaded to it."""
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).parent.exists():
+        return Path(name)
+    from diffusers import DiffusionPipeline
+
+    try:
+        with quiet_libraries():
+            return Path(DiffusionPipeline.download(name))
+    except Exception as error:  # the hub's libraries have many ways to say no
+        fix = f"{first_line(error)} There is no such folder either."
+        raise UserError("pipeline", "must be a diffusers pipeline folder or a hub id", name, fix) from error
 
 
 def hashes(folder: Path) -> dict[str, str]:

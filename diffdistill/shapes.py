@@ -18,7 +18,7 @@ from diffdistill.data import PROCEDURAL, uniform_classes
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.evaluation.features import FeatureNetwork
-from diffdistill.evaluation.metrics import Reference
+from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.shape_features import load_shape_features
 from diffdistill.prompts import ToldPrompts
 from diffdistill.rng import Rng

@@ -12,7 +12,7 @@ from torch import Tensor
 from diffdistill.data import Source
 from diffdistill.distillers.base import Batch, Pair, Trajectory
 from diffdistill.evaluation.features import FeatureNetwork
-from diffdistill.evaluation.metrics import Reference
+from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.families.stock import Stock
 from diffdistill.rng import Rng
 

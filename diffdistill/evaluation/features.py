@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,25 @@ class FeatureNetwork(Protocol):
     def features(self, x: Tensor) -> Tensor: ...
 
     def logits(self, x: Tensor) -> Tensor: ...
+
+
+class WholePictures(ABC):
+    """A feature network for pictures of any kind and size: quantised to 8 bits, as a file holds them, and resized.
+
+    name: as it was asked for.  sha256: of its weights.  dim: of its features.  resize: how its input is made, in words.
+    """
+
+    name: str
+    sha256: str
+    dim: int
+    resize: str
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] in [-1, 1], C 1 or 3.  Returns [B, dim] float32 on the CPU."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("a network for pictures of any kind knows no classes of the data")
 
 
 class DigitFeatures(nn.Module):

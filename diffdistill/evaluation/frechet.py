@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 CONFIDENCE = 0.95
+BLOCK = 8192  # rows: 134 MB of 2,048 features
 NO_ROOT = "the Fréchet distance has no finite real matrix root; no diagonal is added to force one"
 
 
@@ -27,11 +28,13 @@ class Moments:
 
 
 def moments(values: Tensor) -> Moments:
-    """Mean and covariance of values [n, ...], flattened to [n, d], accumulated in float64."""
-    flat = _rows(values)
-    mean = flat.mean(0)
-    centred = flat - mean
-    return Moments(mean, centred.T @ centred / (len(flat) - 1))
+    """Mean and covariance of values [n, ...], flattened to [n, d], accumulated in float64 a block of rows at a time."""
+    mean = np.sum([block.sum(0) for block in _blocks(values)], 0) / len(values)
+    second = np.zeros((len(mean), len(mean)))
+    for block in _blocks(values):
+        centred = block - mean
+        second += centred.T @ centred
+    return Moments(mean, second / (len(values) - 1))
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -69,14 +72,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     return distance + float(outside)
 
 
-def frechet_with_interval(
-    samples: Tensor, reference: Tensor, *, seed: int, replicates: int = 100
-) -> tuple[float, tuple[float, float]]:
-    """Fréchet distance of samples [n, ...] to reference [m, ...] and its 95% interval (see `bootstrap_interval`)."""
-    fixed = moments(reference)
-    return bootstrap_interval(samples, lambda drawn: frechet_distance(drawn, fixed), seed=seed, replicates=replicates)
-
-
 def bootstrap_interval(
     samples: Tensor, distance: Callable[[Moments], float], *, seed: int, replicates: int = 100
 ) -> tuple[float, tuple[float, float]]:
@@ -88,20 +83,22 @@ def bootstrap_interval(
     zero; it is not cut there. The reference is taken as exact: its own sampling error is not covered.
     Source: Efron & Tibshirani 1993, section 13; Davison & Hinkley 1997, section 5.2.
     """
-    flat = _rows(samples)
-    n = len(flat)
-    origin = flat.mean(0)
-    centred = flat - origin  # weighted second moments about the overall mean do not cancel
+    n = len(samples)
+    estimate_at = moments(samples)
+    origin = estimate_at.mean  # weighted second moments about the overall mean do not cancel
     rng = np.random.default_rng(seed)
     drawn = np.empty(replicates)
     # One thread: on small matrices numpy's waiting threads cost up to 100x when another program has the cores.
     with threadpool_limits(1, user_api="blas"):
-        estimate = distance(moments(samples))
+        estimate = distance(estimate_at)
         for i in range(replicates):
             # Drawing n of n with replacement is a weighting by counts: no row is copied.
             counts = np.bincount(rng.integers(n, size=n), minlength=n).astype(np.float64)
-            shift = counts @ centred / n
-            second = (centred * counts[:, None]).T @ centred
+            shift, second = np.zeros_like(origin), np.zeros_like(estimate_at.cov)
+            for start, block in zip(range(0, n, BLOCK), _blocks(samples), strict=True):
+                centred, weights = block - origin, counts[start : start + BLOCK]
+                shift += weights @ centred / n
+                second += (centred * weights[:, None]).T @ centred
             drawn[i] = distance(Moments(origin + shift, (second - n * np.outer(shift, shift)) / (n - 1)))
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(drawn, [tail, 100 - tail])
@@ -117,5 +114,7 @@ def _range(cov: Array) -> Array:
     return vectors[:, values > values.max(initial=0.0) * len(cov) * np.finfo(np.float64).eps]
 
 
-def _rows(values: Tensor) -> Array:
-    return values.detach().flatten(1).double().cpu().numpy()
+def _blocks(values: Tensor) -> Iterator[Array]:
+    """Rows [n, d] in float64, BLOCK at a time: they may lie in a file larger than memory."""
+    for block in values.detach().flatten(1).split(BLOCK):
+        yield block.double().cpu().numpy()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +17,11 @@ from diffdistill.pipelines import PipelineSampler
 from diffdistill.rng import Rng
 from diffdistill.solvers import Sampler
 
-from . import prdc
-from .metrics import Reference, check_metrics, measure
+from . import metrics
+from .costs import latency_ms
+from .metrics import check_metrics, measure
 from .protocol import Protocol, require_same
+from .reference import Reference
 
 CARD_SCHEMA = 1
 ON_IMAGES = ("fd_pixel", "fd", "label_agreement", "prdc", "memorised", "latency", "nfe")
@@ -83,7 +83,7 @@ class Evaluation:
         large = reference.data[0].numel() > FD_PIXEL_VALUES
         names = ON_PIXELS if data.features() is None else ON_IMAGES
         return tuple(
-            name for name in names if _shortfall(name, reference) is None and not (name == "fd_pixel" and large)
+            name for name in names if shortfall(name, reference) is None and not (name == "fd_pixel" and large)
         )
 
     def check(self, data: Data) -> None:
@@ -93,7 +93,7 @@ class Evaluation:
         if self.every:
             check_metrics(names, reference, features, self.interim_samples, key="evaluation.metrics")
         for name in names:
-            if (lack := _shortfall(name, reference)) is not None:
+            if (lack := shortfall(name, reference)) is not None:
                 raise UserError("evaluation.metrics", f"must fit the data set: {name} needs {lack}", name,
                                 "Leave it out, or measure against more data.")  # fmt: skip
         if self.prdc_space == "features" and features is None and "prdc" in names:
@@ -101,19 +101,12 @@ class Evaluation:
             raise UserError("evaluation.prdc_space", constraint, self.prdc_space, "Set it to values.")
 
 
-def _shortfall(name: str, reference: Reference) -> str | None:
+def shortfall(name: str, reference: Reference) -> str | None:
     """What the reference lacks to measure `name` against it, in words; None if nothing."""
-    num, values = len(reference.data), reference.data[0].numel()
-    needed = {
-        "fd_pixel": values + 1,  # fewer leave the covariance singular
-        "prdc": max(prdc.PRECISION_RECALL_K, prdc.DENSITY_COVERAGE_K) + 1,
-        "kid": 2,
-    }.get(name, 1)
-    if num < needed:
-        return f"{needed} reference samples or more, {reference.name} has {num}"
-    if name == "memorised" and not bool((reference.data != reference.data[:1]).any()):
+    lack = metrics.shortfall(name, reference)
+    if lack is None and name == "memorised" and not bool((reference.data != reference.data[:1]).any()):
         return f"two different reference images, {reference.name} has one"
-    return None
+    return lack
 
 
 def draw(
@@ -125,16 +118,19 @@ def draw(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     labels: Tensor | None = None,
+    first: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """num_samples samples, [N, *shape] on the CPU, and their labels [N] or None.
 
-    labels: the classes to draw, [N]; None draws them uniformly. Latents come decoded where the data can decode them.
+    labels: the classes to draw, [N]; None draws them uniformly.  first: number of the first sample. Latents come
+    decoded where the data can decode them.
 
     The draws are keyed by sample index: another batch size gives the same samples.
     """
     samples, drawn = [], []
     for start in range(0, num_samples, batch_size):
-        rng = Rng(seed, 0, "evaluation", range(start, min(start + batch_size, num_samples)), device)
+        ids = range(first + start, first + min(start + batch_size, num_samples))
+        rng = Rng(seed, 0, "evaluation", ids, device)
         cond = data.conditions(rng.fork("conditions"))
         if labels is not None:
             cond = {**cond, **of_classes(data, labels[start : start + len(rng)].to(device))}
@@ -150,22 +146,6 @@ def draw(
             fix = "Choose the data that the pipeline imitates."
             raise UserError("data", f"must have the pipeline's sample shape {shape}", wanted, fix)
     return found, torch.cat(drawn) if drawn else None
-
-
-def latency_ms(
-    sampler: Sampler, data: Data, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> float:
-    """Median milliseconds of one sample at batch size 1, over 10 calls after 2, or fewer once they took 20 seconds."""
-    seconds: list[float] = []
-    for index in range(12):
-        if len(seconds) > 2 and sum(seconds) > 20:
-            break
-        rng = Rng(0, index, "latency", range(1), device)
-        z, cond = rng.normal((1, *data.shape), dtype), data.conditions(rng)
-        started = time.perf_counter()
-        sampler.sample(z, cond, rng).cpu()
-        seconds.append(time.perf_counter() - started)
-    return 1000 * statistics.median(seconds[2:])
 
 
 def evaluate(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -25,11 +27,22 @@ def kernel_distance(samples: Tensor, reference: Tensor, *, seed: int) -> float:
         with threadpool_limits(1, user_api="blas"):  # as in `frechet.bootstrap_interval`
             return float(
                 fid.kernel_distance(
-                    reference.double().cpu().numpy(),
-                    samples.double().cpu().numpy(),
+                    _Rows(reference),
+                    _Rows(samples),
                     num_subsets=NUM_SUBSETS,
                     max_subset_size=MAX_SUBSET_SIZE,
                 )
             )
     finally:
         np.random.set_state(state)
+
+
+class _Rows:
+    """Features as clean-fid takes them, in float64 where it draws them: the set may be larger than memory."""
+
+    def __init__(self, features: Tensor) -> None:
+        self._features = features
+        self.shape = tuple(features.shape)
+
+    def __getitem__(self, index: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self._features[torch.from_numpy(index)].double().cpu().numpy()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -12,94 +12,113 @@ from torch import Tensor
 from diffdistill.errors import UserError
 
 from . import kid, planar, prdc, sliced, tracking
+from .diversity import diversity
 from .features import FeatureNetwork
-from .frechet import CONFIDENCE, frechet_distance, frechet_with_interval, moments
+from .frechet import CONFIDENCE, Moments, bootstrap_interval, frechet_distance, moments
+from .motion import movement_distance
 from .neighbours import memorised
 from .protocol import Protocol, tensor_sha256
+from .reference import Known, Reference
+from .rows import Extract, Rows, columns
 
 METRICS = (
     "fd_pixel", "fd", "kid", "prdc", "label_agreement", "memorised", "clip_score", "swd", "latency", "nfe",
-    "modes", "w2", "kl", "frame_fd", "frame_fd_pixel", "velocity_error",
+    "modes", "w2", "kl", "frame_fd", "frame_fd_pixel", "velocity_error", "fid", "diversity", "motion", "peak_memory",
 )  # fmt: skip
-ON_FEATURES = ("fd", "kid", "label_agreement", "frame_fd")
+COST = ("latency", "nfe", "peak_memory")  # of a generator, whatever it makes
+ON_FEATURES = ("fd", "fid", "kid", "diversity", "frame_fd")
 ON_LAW = ("modes", "kl")
-ON_CLIPS = ("frame_fd", "frame_fd_pixel", "velocity_error")
-NOT_ON_CLIPS = ("fd_pixel", "fd", "kid", "prdc", "memorised", "swd")
-BLOCK = 1000
+ON_CLIPS = ("frame_fd", "frame_fd_pixel", "velocity_error", "motion")
+NOT_ON_CLIPS = ("fd_pixel", "fd", "fid", "kid", "prdc", "memorised", "swd", "diversity", "clip_score")
+# A root of a matrix of so many dimensions takes milliseconds; of 2,048, seconds, and an interval needs a hundred.
+DIMENSIONS_WITH_INTERVAL = 256
+REPLICATES = 100
 
 Figures = dict[str, float | list[float]]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A fixed data set that samples are measured against.
-
-    data: images [n, C, H, W] or clips [n, C, T, H, W] in [-1, 1], or points [n, d].  labels: [n] int64, None where the
-    data has no classes.  law: the density of points, where it is known.  motion: the law of clips, where it is.
-    """
-
-    name: str
-    data: Tensor
-    labels: Tensor | None
-    law: planar.Law | None = None
-    motion: tracking.Motion | None = None
+Space = Literal["values", "features"]
 
 
 def check_metrics(
     names: Iterable[str],
-    reference: Reference,
+    reference: Known,
     features: FeatureNetwork | None,
     num_samples: int,
     *,
+    classifier: FeatureNetwork | None = None,
+    prompts: bool = False,
     key: str = "evaluation.metrics",
 ) -> None:
     """Raise UserError unless every named metric can be measured with num_samples samples against the reference.
 
+    classifier: knows the data's classes, None where `features` does.  prompts: whether samples have prompts.
     key: the configuration key that the names came from.
     """
-    values = reference.data[0].numel()
     for name in names:
         if name not in METRICS:
             raise UserError(key, f"must be among {', '.join(METRICS)}", name, "Take a name from that list.")
-        if name == "clip_score":
-            raise UserError(key, f"must fit the data set: clip_score needs prompts and {reference.name} has none", name,
-                            "Leave it out.")  # fmt: skip
-        if name in ON_FEATURES and features is None:
-            raise UserError(key, f"must fit the data set: {name} needs a feature network and {reference.name} has none",
-                            name, "Leave it out; fd_pixel and swd need none.")  # fmt: skip
-        if name == "label_agreement" and reference.labels is None:
-            raise UserError(key, f"must fit the data set: label_agreement needs labels and {reference.name} has none",
-                            name, "Leave it out.")  # fmt: skip
-        if name in ON_LAW and reference.law is None:
-            raise UserError(key, f"must fit the data set: {name} needs the density, {reference.name} has none",
-                            name, "Leave it out; swd needs none.")  # fmt: skip
-        if name == "w2" and reference.data.ndim != 2:
-            raise UserError(key, f"must fit the data set: w2 is for points, {reference.name} has images",
-                            name, "Leave it out; fd_pixel and swd are for images.")  # fmt: skip
-        if name in ON_CLIPS and reference.motion is None:
-            raise UserError(key, f"must fit the data set: {name} is for clips whose motion is known", name,
-                            "Leave it out.")  # fmt: skip
-        if name in NOT_ON_CLIPS and reference.data.ndim == 5:
-            raise UserError(key, f"must fit the data set: {name} is not for clips", name,
-                            f"Use {', '.join(ON_CLIPS)}.")  # fmt: skip
-        smallest = 1
-        if name == "kl":
-            smallest = planar.NEIGHBOUR + 1
-        elif name == "fd_pixel":
-            smallest = values + 1  # fewer leave the covariance singular
-        elif name == "fd":
-            smallest = features.dim + 1 if features is not None else 1
-        elif name == "prdc":
-            smallest = max(prdc.PRECISION_RECALL_K, prdc.DENSITY_COVERAGE_K) + 1
-        elif name == "kid":
-            smallest = 2
-        elif name in ("frame_fd", "frame_fd_pixel"):  # as fd and fd_pixel, of frames
-            frames = reference.data.shape[2]
-            dim = tracking.small_frames(reference.data[:1])[0].numel()
-            smallest = (features.dim if name == "frame_fd" and features is not None else dim) // frames + 1
-        if num_samples < smallest:
+        judge = features if name != "label_agreement" else classifier or features
+        if (lack := _lack(name, reference, judge, prompts)) is not None:
+            raise UserError(key, f"must fit the data set: {name} {lack[0]}", name, lack[1])
+        if num_samples < (smallest := smallest_set(name, reference, features)):
             raise UserError(key.replace("metrics", "num_samples"), f"must be at least {smallest} for the metric {name}",
                             num_samples, f"Raise it, or leave {name} out.")  # fmt: skip
+
+
+def _lack(name: str, reference: Known, features: FeatureNetwork | None, prompts: bool) -> tuple[str, str] | None:
+    """What is missing to measure `name`, and what to do; None if nothing."""
+    of, clips = reference.name, len(reference.shape) == 4
+    if name == "clip_score" and not prompts:
+        return f"needs prompts and {of} has none", "Leave it out."
+    if name in ON_CLIPS and not clips:
+        return f"is for clips, {of} has none", "Leave it out."
+    if name in NOT_ON_CLIPS and clips:
+        return "is not for clips", f"Use {', '.join(ON_CLIPS)}."
+    if name in (*ON_FEATURES, "label_agreement") and features is None:
+        return f"needs a feature network and {of} has none", "Leave it out; fd_pixel and swd need none."
+    if name == "fid" and not str(getattr(features, "name", "")).startswith("inception"):
+        return "is fd on the Inception network", "Set features=inception, or ask for fd."
+    if name == "label_agreement" and not reference.labelled:
+        return f"needs labels and {of} has none", "Leave it out."
+    if name in ON_LAW and reference.law is None:
+        return f"needs the density, {of} has none", "Leave it out; swd needs none."
+    if name == "velocity_error" and reference.motion is None:
+        return "is for clips whose motion is known", "Leave it out."
+    if name == "w2" and len(reference.shape) != 1:
+        return f"is for points, {of} has images", "Leave it out; fd_pixel and swd are for images."
+    if name == "motion" and reference.shape[1] < 2:
+        return f"needs two frames, {of} has one", "Leave it out."
+    return None
+
+
+def smallest_set(name: str, reference: Known, features: FeatureNetwork | None) -> int:
+    """The fewest samples that `name` can be measured on."""
+    dim = 0 if features is None else features.dim
+    if name == "kl":
+        return planar.NEIGHBOUR + 1
+    if name == "fd_pixel":
+        return math.prod(reference.shape) + 1  # fewer leave the covariance singular
+    if name in ("fd", "fid"):
+        return dim + 1
+    if name == "prdc":
+        return max(prdc.PRECISION_RECALL_K, prdc.DENSITY_COVERAGE_K) + 1
+    if name in ("kid", "diversity"):
+        return 2
+    if name in ("frame_fd", "frame_fd_pixel"):  # as fd and fd_pixel, of frames
+        pixels = tracking.small_frames(torch.zeros(1, *reference.shape))[0].numel()
+        return (dim if name == "frame_fd" else pixels) // reference.shape[1] + 1
+    return 1
+
+
+def shortfall(name: str, reference: Known) -> str | None:
+    """How many samples of the reference `name` needs, in words; None if it has enough."""
+    needed = {
+        "fd_pixel": math.prod(reference.shape) + 1,  # fewer leave the covariance singular
+        "prdc": max(prdc.PRECISION_RECALL_K, prdc.DENSITY_COVERAGE_K) + 1,
+        "kid": 2,
+    }.get(name, 1)
+    if reference.size >= needed:
+        return None
+    return f"{needed} reference samples or more, {reference.name} has {reference.size}"
 
 
 def measure(
@@ -110,112 +129,157 @@ def measure(
     features: FeatureNetwork | None,
     *,
     seed: int,
-    replicates: int = 100,
-    prdc_space: Literal["values", "features"] = "values",
+    replicates: int = REPLICATES,
+    prdc_space: Space = "values",
     key: str = "evaluation.metrics",
 ) -> tuple[Figures, Protocol]:
-    """Measure samples against the reference; `latency` and `nfe` are the caller's to measure and ignored here.
+    """Measure samples against the reference; what a generator costs is the caller's to measure and ignored here.
 
     samples: [N, C, H, W] images, clipped to [-1, 1] as an exported pipeline does; or [N, d] points, not clipped.
     labels: [N] classes the samples were asked for, None where there are none.
     seed, replicates: of the bootstrap behind fd_ci and fd_pixel_ci.
-    Returns the figures (fd_pixel, fd_pixel_ci: [lo, hi], fd, fd_ci, kid, swd, label_agreement, precision, recall,
-    density, coverage, memorised, modes, mode_share, w2, kl: those asked for) and the protocol they hold under.
+    Returns the figures (see `figures_of`) and the protocol they hold under.
     prdc_space: whether prdc works on the values themselves or on features.
     Raises UserError as `check_metrics` does, and if a sample is not finite: nothing is replaced by a number.
     """
     names = set(metrics)
     check_metrics(sorted(names), reference, features, len(samples), key=key)
-    _check_samples(samples, labels, reference, names)
-    x, y = reference.data.float(), samples.detach().float().cpu()
-    if reference.data.ndim in (4, 5):
-        x, y = x.clamp(-1, 1), y.clamp(-1, 1)
-
-    figures: Figures = {}
-    if reference.motion is not None:
-        figures |= _of_clips(x, y, labels, reference.motion, names, features)
-        names -= {"label_agreement"}
-    if "fd_pixel" in names:
-        figures["fd_pixel"], interval = frechet_with_interval(y, x, seed=seed, replicates=replicates)
-        figures["fd_pixel_ci"] = list(interval)
-    if "memorised" in names:
-        figures["memorised"] = memorised(y, x)
-    if "swd" in names:
-        figures["swd"] = sliced.sliced_wasserstein(y, x)
-    if "modes" in names and reference.law is not None:
-        figures["modes"], figures["mode_share"] = planar.modes(y, reference.law)
-    if "w2" in names:
-        figures["w2"] = planar.wasserstein(y, x)
-    if "kl" in names and reference.law is not None:
-        figures["kl"] = planar.kl(y, reference.law)
-
+    check_samples(samples, labels, reference, names)
     if prdc_space == "features" and features is None and "prdc" in names:
         raise UserError("evaluation.prdc_space", f"must be values for {reference.name}, which has no feature network",
                         prdc_space, "Set it to values.")  # fmt: skip
-    space_x, space_y = x, y
-    if features is not None and names & {"fd", "kid", "prdc"}:
-        space_x, space_y = _by_block(features.features, x), _by_block(features.features, y)
-    if features is not None and labels is not None and "label_agreement" in names:
-        predicted = _by_block(features.logits, y).argmax(1)
-        figures["label_agreement"] = float((predicted == labels.cpu()).double().mean())
-    if "fd" in names:
-        figures["fd"], interval = frechet_with_interval(space_y, space_x, seed=seed, replicates=replicates)
-        figures["fd_ci"] = list(interval)
-    if "kid" in names:
-        figures["kid"] = kid.kernel_distance(space_y, space_x, seed=seed)
-    if "prdc" in names:
-        four = prdc.prdc(space_y, space_x) if prdc_space == "features" else prdc.prdc(y, x)
-        figures |= {"precision": four.precision, "recall": four.recall,
-                    "density": four.density, "coverage": four.coverage}  # fmt: skip
-
-    return figures, _protocol(samples, reference, features, seed, replicates, prdc_space)
+    ours, theirs = (
+        Extract(columns(names, side, prdc_space), features, features, reference.motion)
+        for side in ("samples", "reference")
+    )
+    found = figures_of(
+        names, ours(samples, labels), theirs(reference.data, reference.labels), reference,
+        seed=seed, replicates=replicates, prdc_space=prdc_space,
+    )  # fmt: skip
+    return found, protocol_of(samples, reference, features, seed, replicates, prdc_space)
 
 
-def _of_clips(
-    x: Tensor,
-    y: Tensor,
-    labels: Tensor | None,
-    motion: tracking.Motion,
-    names: set[str],
-    features: FeatureNetwork | None,
+def figures_of(
+    names: Iterable[str],
+    ours: Rows,
+    theirs: Rows,
+    reference: Known,
+    *,
+    seed: int,
+    replicates: int | None,
+    prdc_space: Space,
 ) -> Figures:
-    """Figures of clips y against reference clips x; what they need was checked."""
-    found: Figures = {}
-    if "frame_fd" in names:
-        assert features is not None
-        ours, theirs = (_by_block(features.features, tracking.windows(clips, motion.side)) for clips in (y, x))
-        found["frame_fd"] = frechet_distance(moments(ours), moments(theirs))
-    if "frame_fd_pixel" in names:
-        ours, theirs = (tracking.small_frames(clips) for clips in (y, x))
-        found["frame_fd_pixel"] = frechet_distance(moments(ours), moments(theirs))
-    if "velocity_error" in names:
-        assert labels is not None
-        found["velocity_error"] = tracking.velocity_error(y, labels, motion)
-    if "label_agreement" in names:
-        assert labels is not None and features is not None
-        found["label_agreement"] = tracking.shown_agreement(y, labels, motion, features)
+    """The figures of rows of samples against rows of the reference, both as `rows.columns` asks.
+
+    fd_pixel, fd_pixel_ci: [lo, hi], fd, fd_ci, fid, fid_ci, kid, swd, label_agreement, precision, recall, density,
+    coverage, memorised, modes, mode_share, w2, kl, diversity, diversity_reference, clip_score, frame_fd,
+    frame_fd_pixel, velocity_error, motion, motion_reference, motion_distance: those asked for.
+    replicates: of the bootstrap, 0 is no interval; None is 100 up to 256 dimensions, else none.
+    """
+    asked, found = set(names), Figures()
+
+    for name, column in (("fd_pixel", "values"), ("fd", "features"), ("fid", "features")):
+        if name in asked:
+            found |= _frechet(name, ours[column], theirs, column, seed, replicates)
+    for name, column in (("frame_fd", "frames"), ("frame_fd_pixel", "small_frames")):
+        if name in asked:
+            a, b = (rows[column].flatten(0, 1) for rows in (ours, theirs))
+            found[name] = frechet_distance(moments(a), moments(b))
+    for name, column in (("label_agreement", "agreement"), ("velocity_error",) * 2, ("clip_score",) * 2):
+        if name in asked:
+            found[name] = float(ours[column].double().mean())
+    if "kid" in asked:
+        found["kid"] = kid.kernel_distance(ours["features"], theirs["features"], seed=seed)
+    if "prdc" in asked:
+        four = prdc.prdc(ours[prdc_space], theirs[prdc_space])
+        found |= {"precision": four.precision, "recall": four.recall,
+                  "density": four.density, "coverage": four.coverage}  # fmt: skip
+    if "memorised" in asked:
+        found["memorised"] = memorised(ours["values"], theirs["values"])
+    if "swd" in asked:
+        found["swd"] = sliced.distance_of_projections(ours["projections"], theirs["projections"])
+    if "w2" in asked:
+        found["w2"] = planar.wasserstein(ours["values"], theirs["values"])
+    if "modes" in asked and reference.law is not None:
+        found["modes"], found["mode_share"] = planar.modes(ours["values"], reference.law)
+    if "kl" in asked and reference.law is not None:
+        found["kl"] = planar.kl(ours["values"], reference.law)
+    if "diversity" in asked:
+        found |= _diversities(ours, theirs)
+    if "motion" in asked:
+        found["motion"] = float(ours["movement"].mean())
+        if "movement" in theirs:
+            found["motion_reference"] = float(theirs["movement"].mean())
+            found["motion_distance"] = movement_distance(ours["movement"], theirs["movement"])
     return found
 
 
-def _protocol(
+def _frechet(name: str, x: Tensor, theirs: Rows, column: str, seed: int, replicates: int | None) -> Figures:
+    """Distance of rows x [n, d] from the reference's, with an interval where it was asked for or is cheap."""
+    if f"{column}_cov" in theirs:
+        fixed = Moments(theirs[f"{column}_mean"].numpy(), theirs[f"{column}_cov"].numpy())
+    else:
+        fixed = moments(theirs[column])
+    if replicates is None:
+        replicates = REPLICATES if x.shape[1] <= DIMENSIONS_WITH_INTERVAL else 0
+    if replicates == 0:
+        return {name: frechet_distance(moments(x), fixed)}
+    distance, interval = bootstrap_interval(
+        x, lambda drawn: frechet_distance(drawn, fixed), seed=seed, replicates=replicates
+    )
+    return {name: distance, f"{name}_ci": list(interval)}
+
+
+def _diversities(ours: Rows, theirs: Rows) -> Figures:
+    found: Figures = {}
+    for name, rows in (("diversity", ours), ("diversity_reference", theirs)):
+        if "features" in rows and "label" in rows:
+            try:
+                found[name] = diversity(rows["features"], rows["label"])
+            except ValueError as error:
+                fix = "Raise num_samples, or leave diversity out."
+                raise UserError("num_samples", "must give two samples of some condition for diversity",
+                                len(rows["label"]), fix) from error  # fmt: skip
+    return found
+
+
+def protocol_of(
     samples: Tensor,
     reference: Reference,
     features: FeatureNetwork | None,
     seed: int,
-    replicates: int,
-    prdc_space: Literal["values", "features"],
+    replicates: int | None,
+    prdc_space: Space,
 ) -> Protocol:
-    """What figures of these samples hold under."""
+    """What figures of these samples, held in memory, hold under."""
+    return circumstances(
+        reference, tensor_sha256(reference.data, reference.labels), features, len(samples), seed, replicates,
+        prdc_space, dtype=str(samples.dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def circumstances(
+    reference: Known,
+    reference_sha256: str,
+    features: FeatureNetwork | None,
+    num_samples: int,
+    seed: int,
+    replicates: int | None,
+    prdc_space: Space,
+    dtype: str = "float32",
+    clip_model: str | None = None,
+) -> Protocol:
+    """The protocol of a measurement. clip_model: sha256 of the weights behind clip_score."""
     return Protocol(
         reference=reference.name,
-        reference_sha256=tensor_sha256(reference.data, reference.labels),
-        reference_size=len(reference.data),
+        reference_sha256=reference_sha256,
+        reference_size=reference.size,
         features=None if features is None else features.sha256,
-        num_samples=len(samples),
+        num_samples=num_samples,
         seed=seed,
-        resize="none",
-        clip=(-1.0, 1.0) if reference.data.ndim in (4, 5) else None,
-        dtype=str(samples.dtype).removeprefix("torch."),
+        resize=getattr(features, "resize", "none"),
+        clip=None if len(reference.shape) == 1 else (-1.0, 1.0),
+        dtype=dtype,
         statistics_dtype="float64",
         covariance_eps=0.0,
         interval=f"basic bootstrap, {CONFIDENCE:.0%}",
@@ -227,12 +291,14 @@ def _protocol(
         kid_subset_size=kid.MAX_SUBSET_SIZE,
         swd_projections=sliced.NUM_PROJECTIONS,
         swd_seed=sliced.PROJECTION_SEED,
+        clip_model=clip_model,
     )
 
 
-def _check_samples(samples: Tensor, labels: Tensor | None, reference: Reference, names: set[str]) -> None:
-    if samples.shape[1:] != reference.data.shape[1:]:
-        raise UserError("samples", f"must have the shape of {reference.name}, {tuple(reference.data.shape[1:])} each",
+def check_samples(samples: Tensor, labels: Tensor | None, reference: Known, names: set[str]) -> None:
+    """Refuse samples of another shape than the reference, samples that are not finite, and missing labels."""
+    if tuple(samples.shape[1:]) != reference.shape:
+        raise UserError("samples", f"must have the shape of {reference.name}, {reference.shape} each",
                         tuple(samples.shape[1:]), "Nothing is resized: sample at the size of the data.")  # fmt: skip
     broken = int((~torch.isfinite(samples)).flatten(1).any(1).sum())
     if broken:
@@ -242,9 +308,3 @@ def _check_samples(samples: Tensor, labels: Tensor | None, reference: Reference,
     if told and (labels is None or labels.shape != (len(samples),)):
         raise UserError("labels", f"must be one class per sample, [{len(samples)}], for {told[0]}",
                         None if labels is None else list(labels.shape), "Pass the classes asked for.")  # fmt: skip
-
-
-@torch.no_grad()
-def _by_block(network: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """network(images), [n, d], a block of images at a time to bound the memory of its layers."""
-    return torch.cat([network(block) for block in images.split(BLOCK)])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Protocol:
     reference, reference_sha256, reference_size: name, hash (`tensor_sha256`) and count of the reference set.
     features: sha256 of the feature network's weights, None where none was given.
     num_samples, seed: how many samples, and the seed of the draws made while measuring (bootstrap, subsets).
-    resize: "none": samples and reference are compared at their own size.
+    resize: how pictures become the feature network's input, in words; "none": they are taken as they are.
     clip: the range values were clipped to, None for points.
     dtype: of the samples as given.  statistics_dtype: of the means, covariances and projections.
     covariance_eps: what was added to covariance diagonals; always 0.
-    interval: form and level of fd_ci and fd_pixel_ci.  replicates: bootstrap resamplings.
+    interval: form and level of fd_ci and fd_pixel_ci.  replicates: bootstrap resamplings, 0 is no interval,
+    None is 100 up to 256 dimensions and none above.
     prdc_space: "features" or "values".
+    clip_model: sha256 of the weights behind clip_score, None where it was not measured.
     """
 
     reference: str
@@ -41,7 +43,7 @@ class Protocol:
     statistics_dtype: str
     covariance_eps: float
     interval: str
-    replicates: int
+    replicates: int | None
     prdc_space: str
     precision_recall_k: int
     density_coverage_k: int
@@ -49,6 +51,7 @@ class Protocol:
     kid_subset_size: int
     swd_projections: int
     swd_seed: int
+    clip_model: str | None = None
     schema: int = SCHEMA
 
     def to_json(self) -> dict[str, Any]:
@@ -58,7 +61,12 @@ class Protocol:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Protocol:
-        """Raises UserError if a field is missing or unknown, or of another schema version."""
+        """Raises UserError if a field is missing or unknown, or of another schema version.
+
+        Schema 1 knew no clip_score, and else the same.
+        """
+        if plain.get("schema") == 1:
+            plain = {**plain, "clip_model": None, "schema": SCHEMA}
         if plain.get("schema") != SCHEMA:
             raise UserError("protocol.schema", f"must be {SCHEMA}", plain.get("schema"), "Evaluate the samples again.")
         names = {field.name for field in fields(cls)}

@@ -19,18 +19,28 @@ def sliced_wasserstein(
     at i/n and j/m, so the sum over the merged jumps is exact.
     Source: Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of measures".
     """
-    x, y = a.detach().flatten(1).double().cpu(), b.detach().flatten(1).double().cpu()
+    rows = (projections(each, num_projections=num_projections, seed=seed) for each in (a, b))
+    return distance_of_projections(*rows)
+
+
+def projections(values: Tensor, *, num_projections: int = NUM_PROJECTIONS, seed: int = PROJECTION_SEED) -> Tensor:
+    """Values [n, ...] along the random directions, float64 [n, num_projections]; the same directions for every set."""
+    flat = values.detach().flatten(1).double().cpu()
     directions = torch.randn(
-        x.shape[1], num_projections, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        flat.shape[1], num_projections, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     )
-    directions /= directions.norm(dim=0)
-    n, m = len(x), len(y)
+    return flat @ (directions / directions.norm(dim=0))
+
+
+def distance_of_projections(a: Tensor, b: Tensor) -> float:
+    """The sliced distance of two sets that are given along the directions, [n, p] and [m, p]."""
+    n, m = len(a), len(b)
     # In units of 1/(n m), where all jumps are integers: no rounding decides which step a level falls on.
     jumps = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
     widths = torch.diff(jumps, prepend=jumps.new_zeros(1)).double() / (n * m)
-    step_x, step_y = (jumps - 1) // m, (jumps - 1) // n
+    step_a, step_b = (jumps - 1) // m, (jumps - 1) // n
     total = 0.0
-    for block in directions.split(32, dim=1):
-        px, py = (x @ block).sort(0).values, (y @ block).sort(0).values
-        total += float((widths @ (px[step_x] - py[step_y]).square()).sum())
-    return (total / num_projections) ** 0.5
+    for one, other in zip(a.split(32, dim=1), b.split(32, dim=1), strict=True):
+        along_a, along_b = one.sort(0).values, other.sort(0).values
+        total += float((widths @ (along_a[step_a] - along_b[step_b]).square()).sum())
+    return (total / a.shape[1]) ** 0.5

@@ -75,17 +75,18 @@ def windows(clips: Tensor, side: int) -> Tensor:
     return F.avg_pool2d(found, side // SCAN)
 
 
-def velocity_error(clips: Tensor, labels: Tensor, motion: Motion) -> float:
-    """Mean distance, in pixels per frame, of the digit's velocity from the one its label and first place ask for."""
+def velocity_errors(clips: Tensor, labels: Tensor, motion: Motion) -> Tensor:
+    """Per clip [B]: mean distance, in pixels per frame, of the digit's velocity from the one its label and first place
+    ask for."""
     asked = motion.places(corners(clips, motion.side)[:, 0], labels).diff(dim=1)
-    return float((centres(clips).diff(dim=1) - asked).norm(dim=2).mean())
+    return (centres(clips).diff(dim=1) - asked).norm(dim=2).double().mean(1)
 
 
 @torch.no_grad()
-def shown_agreement(clips: Tensor, labels: Tensor, motion: Motion, features: FeatureNetwork) -> float:
-    """Share of clips whose frames, taken together, show the digit they were asked for."""
+def shown_agreements(clips: Tensor, labels: Tensor, motion: Motion, features: FeatureNetwork) -> Tensor:
+    """Per clip [B]: 1 where its frames, taken together, show the digit it was asked for."""
     scores = features.logits(windows(clips, motion.side)).log_softmax(1).view(len(clips), -1, 10).mean(1)
-    return float((scores.argmax(1) == motion.shown(labels)).double().mean())
+    return (scores.argmax(1) == motion.shown(labels)).double()
 
 
 def small_frames(clips: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError
 from diffdistill.evaluation.harness import ON_IMAGES, ON_POINTS, Evaluation, draw, evaluate, read_card, write_card
-from diffdistill.evaluation.metrics import Reference, measure
+from diffdistill.evaluation.metrics import measure
+from diffdistill.evaluation.reference import Reference
 from diffdistill.rng import Rng
 
 JUDGE = Evaluation(0, 200, 200, ("prdc",), 0, 100, 2, "none")

@@ -7,7 +7,8 @@ from diffdistill.data import digit_scans
 from diffdistill.errors import UserError
 from diffdistill.evaluation.features import load_features
 from diffdistill.evaluation.frechet import moments
-from diffdistill.evaluation.metrics import METRICS, Reference, check_metrics, measure
+from diffdistill.evaluation.metrics import METRICS, check_metrics, measure
+from diffdistill.evaluation.reference import Reference
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +29,14 @@ def points():
 
 def test_all_metrics_return_exactly_their_keys_and_a_resampler_shows_in_memorised(digits, features):
     drawn = torch.randint(1797, (1200,), generator=torch.Generator().manual_seed(0))
-    others = ("clip_score", "modes", "kl", "w2", "frame_fd", "frame_fd_pixel", "velocity_error")
+    others = ("clip_score", "modes", "kl", "w2", "frame_fd", "frame_fd_pixel", "velocity_error", "fid", "motion")
     asked = [name for name in METRICS if name not in others]  # what images have
     figures, protocol = measure(
         digits.data[drawn], digits.labels[drawn], digits, asked, features, seed=0, replicates=20
     )
     assert set(figures) == {
         "fd_pixel", "fd_pixel_ci", "fd", "fd_ci", "kid", "swd", "label_agreement",
-        "precision", "recall", "density", "coverage", "memorised",
+        "precision", "recall", "density", "coverage", "memorised", "diversity", "diversity_reference",
     }  # fmt: skip
     assert figures["memorised"] == 1.0
     assert figures["label_agreement"] > 0.99
@@ -96,9 +97,9 @@ def test_samples_of_another_size_are_refused(digits):
 
 def test_an_unknown_metric_is_refused_with_the_list_under_the_callers_key(digits, features):
     with pytest.raises(UserError) as refusal:
-        check_metrics(["fd", "fid"], digits, features, 10_000, key="metrics")
+        check_metrics(["fd", "inception_score"], digits, features, 10_000, key="metrics")
     assert str(refusal.value).startswith("metrics must be among fd_pixel, fd, kid,")
-    assert "got fid." in str(refusal.value)
+    assert "got inception_score." in str(refusal.value)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from diffdistill.errors import UserError
-from diffdistill.evaluation.metrics import Reference, measure
+from diffdistill.evaluation.metrics import measure
 from diffdistill.evaluation.protocol import Protocol, require_same, tensor_sha256
+from diffdistill.evaluation.reference import Reference
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ CHANGES = {
     "resize": "bilinear", "clip": (-1.0, 1.0), "dtype": "bfloat16", "statistics_dtype": "float32",
     "covariance_eps": 1e-6, "interval": "percentile", "replicates": 9, "prdc_space": "features",
     "precision_recall_k": 4, "density_coverage_k": 6, "kid_subsets": 9, "kid_subset_size": 10,
-    "swd_projections": 2, "swd_seed": 3, "schema": 0,
+    "swd_projections": 2, "swd_seed": 3, "clip_model": "ee", "schema": 0,
 }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def test_comparison_is_refused_by_the_name_of_the_field_with_both_values(protoco
 
 def test_another_schema_and_a_missing_field_are_refused(protocol):
     plain = protocol.to_json()
-    with pytest.raises(UserError, match=r"protocol\.schema must be 1, got 99"):
+    with pytest.raises(UserError, match=r"protocol\.schema must be 2, got 99"):
         Protocol.from_json({**plain, "schema": 99})
     del plain["resize"]
     with pytest.raises(UserError, match="resize"):
@@ -58,3 +59,9 @@ def test_hash_depends_on_values_shape_dtype_and_order():
     variants = [(a, b), (b, a), (a.view(2, 2), b), (a.double(), b), (a + 1, b), (a, None)]
     assert len({tensor_sha256(*each) for each in variants}) == len(variants)
     assert tensor_sha256(a, b) == tensor_sha256(a.clone(), b.clone())
+
+
+def test_a_card_of_schema_1_is_one_without_clip_score(protocol):
+    plain = protocol.to_json()
+    del plain["clip_model"]
+    assert Protocol.from_json({**plain, "schema": 1}) == protocol
