@@ -17,7 +17,7 @@ from diffdistill.evaluation import harness
 from diffdistill.evaluation.clip_score import ClipScore, load_clip
 from diffdistill.evaluation.features import FeatureNetwork, WholePictures
 from diffdistill.evaluation.harness import Evaluation
-from diffdistill.evaluation.metrics import COST, METRICS, Space, check_metrics, shortfall
+from diffdistill.evaluation.metrics import COST, METRICS, Space, check_metrics, shortfall, usual_replicates
 from diffdistill.evaluation.protocol import tensor_sha256
 from diffdistill.evaluation.reference import Known, Reference
 from diffdistill.evaluation.rows import Extract, columns
@@ -166,7 +166,7 @@ class Plan:
     clip: ClipScore | None
     prdc_space: Space
     seed: int
-    replicates: int | None
+    replicates: int
     teacher: bool
 
     @classmethod
@@ -199,6 +199,8 @@ class Plan:
             score = load_clip(str(clip), mine.device)
         elif clip is not None:
             raise UserError("clip", "is for clip_score", clip, "Add clip_score to metrics, or leave it out.")
+        if replicates is None:
+            replicates = usual_replicates(names, facts, features)
         plan = cls(
             names, left_out, facts, features, mine.own_features, score, prdc_space, seed, replicates, teacher
         )  # fmt: skip

@@ -47,6 +47,17 @@ RANGES: dict[str, tuple[str, ...]] = {
     "distillers": ("[]", "[nowhere]"),
     "teachers": ("[]", "[nowhere]"),
     "evaluate.steps": COUNT,
+    "samples": ("nowhere", "''", "LONGNAME"),
+    "reference": ("nowhere", "''", "LONGNAME"),
+    "statistics": ("x.npz", "nowhere/x/y.safetensors", "FINISHED"),
+    "against": ("nowhere", "FINISHED", "LONGNAME"),
+    "evaluate.size": COUNT,
+    "corrupt_share": ("-0.1", "1.0"),
+    "evaluate.features": ("nowhere", "timm:", "inception:nowhere"),
+    "evaluate.clip": ("nowhere", "timm:x"),
+    "latency_batches": ("[0]", "[]"),
+    "evaluate.replicates": FROM_ZERO,
+    "work": ("FINISHED/config.yaml/x", "LONGNAME"),
     "sample.steps": COUNT,
     "export.steps": COUNT,
     "export.out": ("''", "FINISHED", "LONGNAME"),
@@ -217,6 +228,8 @@ RANGES: dict[str, tuple[str, ...]] = {
 ANY_VALUE = {
     "compare.seed": "every integer seeds the package's own draws",
     "compare.dry_run": "both are legal",
+    "evaluate.teacher": "both are legal for a run",
+    "evaluate.clips": "refused for a folder that holds none, without meaning for a generator",
     **{
         f"{name}.alpha": "every finite alpha has a meaning: the loss is linear in it"
         for name in ("SiD", "SiDA", "SiDLSG", "SiDFewStep")

@@ -121,6 +121,13 @@ def shortfall(name: str, reference: Known) -> str | None:
     return f"{needed} reference samples or more, {reference.name} has {reference.size}"
 
 
+def usual_replicates(names: Iterable[str], reference: Known, features: FeatureNetwork | None) -> int:
+    """Of the bootstrap, where nobody said: 100 while every Fréchet distance has at most 256 dimensions, else none."""
+    dims = [0 if features is None else features.dim] if {"fd", "fid"} & set(names) else []
+    dims += [math.prod(reference.shape)] if "fd_pixel" in names else []
+    return REPLICATES if max(dims, default=0) <= DIMENSIONS_WITH_INTERVAL else 0
+
+
 def measure(
     samples: Tensor,
     labels: Tensor | None,
@@ -166,7 +173,7 @@ def figures_of(
     reference: Known,
     *,
     seed: int,
-    replicates: int | None,
+    replicates: int,
     prdc_space: Space,
 ) -> Figures:
     """The figures of rows of samples against rows of the reference, both as `rows.columns` asks.
@@ -174,7 +181,7 @@ def figures_of(
     fd_pixel, fd_pixel_ci: [lo, hi], fd, fd_ci, fid, fid_ci, kid, swd, label_agreement, precision, recall, density,
     coverage, memorised, modes, mode_share, w2, kl, diversity, diversity_reference, clip_score, frame_fd,
     frame_fd_pixel, velocity_error, motion, motion_reference, motion_distance: those asked for.
-    replicates: of the bootstrap, 0 is no interval; None is 100 up to 256 dimensions, else none.
+    replicates: of the bootstrap, 0 is no interval.
     """
     asked, found = set(names), Figures()
 
@@ -214,14 +221,12 @@ def figures_of(
     return found
 
 
-def _frechet(name: str, x: Tensor, theirs: Rows, column: str, seed: int, replicates: int | None) -> Figures:
-    """Distance of rows x [n, d] from the reference's, with an interval where it was asked for or is cheap."""
+def _frechet(name: str, x: Tensor, theirs: Rows, column: str, seed: int, replicates: int) -> Figures:
+    """Distance of rows x [n, d] from the reference's, with an interval where there are replicates."""
     if f"{column}_cov" in theirs:
         fixed = Moments(theirs[f"{column}_mean"].numpy(), theirs[f"{column}_cov"].numpy())
     else:
         fixed = moments(theirs[column])
-    if replicates is None:
-        replicates = REPLICATES if x.shape[1] <= DIMENSIONS_WITH_INTERVAL else 0
     if replicates == 0:
         return {name: frechet_distance(moments(x), fixed)}
     distance, interval = bootstrap_interval(
@@ -248,7 +253,7 @@ def protocol_of(
     reference: Reference,
     features: FeatureNetwork | None,
     seed: int,
-    replicates: int | None,
+    replicates: int,
     prdc_space: Space,
 ) -> Protocol:
     """What figures of these samples, held in memory, hold under."""
@@ -264,7 +269,7 @@ def circumstances(
     features: FeatureNetwork | None,
     num_samples: int,
     seed: int,
-    replicates: int | None,
+    replicates: int,
     prdc_space: Space,
     dtype: str = "float32",
     clip_model: str | None = None,

@@ -25,8 +25,8 @@ class Protocol:
     clip: the range values were clipped to, None for points.
     dtype: of the samples as given.  statistics_dtype: of the means, covariances and projections.
     covariance_eps: what was added to covariance diagonals; always 0.
-    interval: form and level of fd_ci and fd_pixel_ci.  replicates: bootstrap resamplings, 0 is no interval,
-    None is 100 up to 256 dimensions and none above.
+    interval: form and level of fd_ci and fd_pixel_ci.  replicates: bootstrap resamplings, 0 is no
+    interval.
     prdc_space: "features" or "values".
     clip_model: sha256 of the weights behind clip_score, None where it was not measured.
     """
@@ -43,7 +43,7 @@ class Protocol:
     statistics_dtype: str
     covariance_eps: float
     interval: str
-    replicates: int | None
+    replicates: int
     prdc_space: str
     precision_recall_k: int
     density_coverage_k: int
