@@ -25,7 +25,7 @@ PACKAGES = (
     "diffdistill", "torch", "torchvision", "diffusers", "accelerate", "hydra-core", "omegaconf", "clean-fid", "peft",
     "safetensors", "scikit-learn", "wandb", "transformers",
 )  # fmt: skip
-EXTRAS = {"xformers": ("xformers",), "notebooks": ("jupyterlab", "nbclient"), "dev": ("pytest", "ruff", "mypy")}
+EXTRAS = {"xformers": ("xformers",), "metrics": ("timm", "open_clip"), "notebooks": ("jupyterlab", "nbclient"), "dev": ("pytest", "ruff", "mypy")}
 
 
 OWN = ("run", "overrides")
