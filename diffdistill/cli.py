@@ -1,7 +1,8 @@
 """The command line: `diffdistill VERB [key=value ...]`.
 
-Exit status 0: done; 1: a measured floor was missed; 2: a mistake in what was asked for, told in one message; 3: the
-machine was too noisy to tell. Hydra composes the configuration; its exceptions, like ours, end as one line on stderr.
+Exit status 0: done; 1: a measured floor was missed, or a run is not well; 2: a mistake in what was asked for, told in
+one message; 3: the machine was too noisy to tell. Hydra composes the configuration; its exceptions, like ours, end as
+one line on stderr.
 Importing this file must stay cheap: `--help` and the shell's completion wait for it.
 """
 
@@ -89,8 +90,8 @@ VERBS = {
     "doctor": Verb(
         "diffdistill.doctor:doctor",
         "doctor",
-        "report versions, devices, kernels, extras and cache folders, or whether a teacher is read as it was trained",
-        ("doctor", "doctor networks=sd15 networks.path=DIR data=latents data.path=DIR"),
+        "report on the environment, on a run's health, or on whether a teacher is read as it was trained",
+        ("doctor", "doctor run=runs/x", "doctor networks=sd15 networks.path=DIR data=latents data.path=DIR"),
     ),
     "bench step": Verb(
         "diffdistill.bench:step",

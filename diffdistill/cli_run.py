@@ -95,7 +95,8 @@ def _main(verb: Verb, options: Mapping[str, str], words: Sequence[str]) -> int:
 
 
 def _status(result: Any) -> int:
-    return result if isinstance(result, int) else 0
+    """Of what a verb returns: an exit status, a report that has one, or anything else, which is good."""
+    return result if isinstance(result, int) else int(getattr(result, "status", 0))
 
 
 def _rehearse(cfg: DictConfig, function: Callable[..., Any]) -> None:

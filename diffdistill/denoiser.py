@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
-from diffdistill.networks.call import Call, Pass, current_call, enter, note_pass
+from diffdistill.networks.call import Call, Pass, Seen, current_call, enter, note_pass, note_seen
 from diffdistill.process import VELOCITY, X0, Kind, NoiseProcess, expand
 
 Cond = Mapping[str, Tensor]  # batch first; a null condition has batch 1 and is expanded
@@ -203,6 +203,7 @@ class Denoiser:
         with enter(Call(self.role, t, cond.get("step"), cond.get("w"), s)):
             out = self.network(x_in, self.network.time(t), cond)
         note_pass(Pass(self.role, len(x), out.requires_grad, x.requires_grad and out.requires_grad))
+        note_seen(Seen(self.role, self.network, x, t_state, cond, out))
         return out
 
 

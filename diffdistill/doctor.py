@@ -1,4 +1,4 @@
-"""`diffdistill doctor`: what this environment has, and whether a teacher is read as it was trained."""
+"""`diffdistill doctor`: the environment, whether a teacher is read as it was trained, whether a run is well."""
 
 from __future__ import annotations
 
@@ -8,24 +8,35 @@ import os
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from diffdistill.config import build, compose, override
 from diffdistill.errors import UserError
+from diffdistill.evaluation.health import Course, Verdict, judge
 from diffdistill.probe import Probe, ask
 from diffdistill.recipe import assemble
+from diffdistill.run_folder import RunFolder
 
 PACKAGES = (
     "diffdistill", "torch", "torchvision", "diffusers", "accelerate", "hydra-core", "omegaconf", "clean-fid", "peft",
     "safetensors", "scikit-learn", "wandb", "transformers",
 )  # fmt: skip
-EXTRAS = {"xformers": ("xformers",), "metrics": ("timm", "open_clip"), "notebooks": ("jupyterlab", "nbclient"), "dev": ("pytest", "ruff", "mypy")}
+EXTRAS = {
+    "xformers": ("xformers",),
+    "metrics": ("timm", "open_clip"),
+    "notebooks": ("jupyterlab", "nbclient"),
+    "dev": ("pytest", "ruff", "mypy"),
+}
 
 
 OWN = ("run", "overrides")
@@ -38,13 +49,17 @@ def arguments(words: Sequence[str]) -> list[str]:
     return [*own, *([override("overrides", others)] if others else [])]
 
 
-def doctor(run: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
+def doctor(run: str | None, overrides: tuple[str, ...]) -> dict[str, Any] | Report:
     """Print and return versions, devices, kernels, extras and cache places; may compile the native kernel.
 
+    run: a run's folder, finished, stopped or going on; its health is judged instead, status 1 with an alarm.
     overrides: of train; with any, the teacher of that recipe is asked instead, as before training.
     """
     if run is not None:
-        raise UserError("run", "is not looked at yet: doctor reports on the environment only", run, "Leave run out.")
+        if overrides:
+            fix = "Leave them out: a run has its own configuration."
+            raise UserError("run", "must stand alone", f"{run} with {overrides[0]}", fix)
+        return run_health(run)
     if overrides:
         return _teacher(overrides)
     report = {
@@ -62,6 +77,60 @@ def doctor(run: str | None, overrides: tuple[str, ...]) -> dict[str, Any]:
         for name, found in rows:
             table.add_row(f"{key} {name}".strip(), str(found))
     Console().print(table)
+    return report
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of a run's health. condition: of the run itself, in words."""
+
+    condition: str
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def alarms(self) -> tuple[Verdict, ...]:
+        return tuple(verdict for verdict in self.verdicts if verdict.state == "alarm")
+
+    @property
+    def status(self) -> int:
+        """Exit status: 1 with an alarm."""
+        return int(bool(self.alarms))
+
+
+def run_health(run: str) -> Report:
+    """Judge a run from what lies in its folder; prints and returns the verdicts.
+
+    Raises UserError if the folder is no run.
+    """
+    folder = RunFolder(Path(run))
+    settings = folder.read_config("run")
+    steps = int(OmegaConf.select(settings, "trainer.steps", default=0))
+    lines, going = list(folder.metrics()), folder.in_use
+    file = folder.path / "metrics.jsonl"
+    idle = time.time() - file.stat().st_mtime if going and file.is_file() and not folder.is_finished else None
+    course = Course(lines, steps, idle)
+    failed = any("failed" in line for line in lines)
+    how = "finished" if folder.is_finished else "going on" if going else "failed" if failed else "stopped"
+    condition = f"{how}, step {course.step} of {steps}"
+    report = Report(condition, tuple(judge(course)))
+    console = Console()
+    console.print(f"{run}: {condition}", soft_wrap=True, highlight=False)
+    if not course.keys("health/"):
+        every = OmegaConf.select(settings, "health.every", default=None)
+        why = "its health was not measured" if every is None else f"nothing was measured before step {every}"
+        console.print(f"what follows is little: {why}", soft_wrap=True, highlight=False)
+    table = Table("sign", "verdict", "found", "figure", "threshold", "try first")
+    for verdict in report.verdicts:
+        figures = ["" if value is None else f"{value:.3g}" for value in (verdict.figure, verdict.threshold)]
+        since = "" if verdict.step is None else f" since step {verdict.step}"
+        shown = {"well": "well", "alarm": f"[bold red]alarm{since}[/]", "unknown": "not judged"}[verdict.state]
+        table.add_row(verdict.name, shown, escape(verdict.words), *figures, escape(verdict.fix))
+    console.print(table)
+    judged = sum(verdict.state != "unknown" for verdict in report.verdicts)
+    told = (
+        f"{len(report.alarms)} alarm{'s' if len(report.alarms) != 1 else ''}, {judged} of {len(report.verdicts)} signs"
+    )
+    console.print(f"{told} judged", highlight=False)
     return report
 
 

@@ -16,11 +16,12 @@ from rich.console import Console
 
 from diffdistill import checkpoint
 from diffdistill.cached_tensors import Source, sources
-from diffdistill.config import build
+from diffdistill.config import build, compose
 from diffdistill.config_types import dot, show
 from diffdistill.errors import UserError
 from diffdistill.evaluation import factors, harness
 from diffdistill.evaluation.harness import Evaluation
+from diffdistill.evaluation.vitals import Health
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
@@ -58,6 +59,7 @@ def train(
     pairs: DictConfig | None,
     trajectories: DictConfig | None,
     probe: DictConfig | None,
+    health: DictConfig | None,
     resume: bool | Literal["auto"],
     compile: bool,
     checkpointing: bool,
@@ -68,8 +70,8 @@ def train(
 
     Everything a user can get wrong is checked before the first step, for every stage; with dry_run that is all that
     happens. pairs, trajectories: a PairSource and a TrajectorySource, for methods that need what the teacher makes.
-    probe: a Probe, which asks the teacher before it is used. resume: true goes on with the run in run_dir; auto does,
-    or begins where there is none.
+    probe: a Probe, which asks the teacher before it is used. health: what is measured beside training. resume: true
+    goes on with the run in run_dir; auto does, or begins where there is none.
     """
     settings: Mapping[str, Any] = dict(locals())
     folder = RunFolder(Path(run_dir))
@@ -109,6 +111,7 @@ class _Prepared:
     evaluation: Evaluation | None
     teacher_figures: dict[str, Any]
     sources: Mapping[str, Source]
+    health: Health | None
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -133,9 +136,10 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     probe: Probe | None = build(settings.get("probe"))
     if probe is not None and fresh and device.type != "meta":
         ask(probe, recipe, settings["networks"])
+    health: Health | None = build(settings.get("health"))
     for key in MADE.values():  # also where this method needs none: a mistake is told
         build(settings.get(key))
-    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings))
+    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health)
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -164,7 +168,10 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
         with writing(source.cache or part.folder.path, f"{key}.cache" if source.cache else "run_dir"):
             found = source.prepare(recipe, part.settings, part.folder.path)
         recipe, made[key] = found.join(recipe), found.summary()
-    run = Run(part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made)
+    run = Run(
+        part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made,
+        prepared.health,
+    )  # fmt: skip
     if part.settings["compile"]:
         recipe.networks.compile()
     return run.execute(accelerator, start)
@@ -181,9 +188,11 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-    for key in ("adapter", "attention", "probe", *MADE.values()):
+    for key in ("adapter", "attention", "probe", "health", *MADE.values()):
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
+    if OmegaConf.is_dict(stored["evaluation"]) and "stop" not in stored["evaluation"]:  # likewise
+        stored["evaluation"]["stop"] = compose("train").evaluation.stop
     ours, theirs = (dict(_leaves(OmegaConf.create(_plain(node)))) for node in (settings, stored))
     words = settings["command"].split()
     free = [key for key in _FREE if any(word.startswith(f"{key}=") for word in words)]

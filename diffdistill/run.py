@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
@@ -16,7 +17,10 @@ from diffdistill import checkpoint
 from diffdistill.checkpoint import Checkpoint
 from diffdistill.errors import Stopped
 from diffdistill.evaluation import factors, harness
+from diffdistill.evaluation.early_stop import Reason
 from diffdistill.evaluation.harness import Evaluation
+from diffdistill.evaluation.health import Course, Verdict, judge, now
+from diffdistill.evaluation.vitals import Health, Vitals
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
 from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
@@ -24,7 +28,7 @@ from diffdistill.recipe import Recipe
 from diffdistill.run_folder import RunFolder, writing
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
-from diffdistill.trainer import Progress, Trainer
+from diffdistill.trainer import NonFiniteError, Progress, Trainer
 from diffdistill.training_state import TrainingState
 
 SCHEMA = 1  # of summary.json
@@ -42,9 +46,11 @@ class Run:
         evaluation: Evaluation | None,
         teacher_figures: dict[str, Any],
         made: Mapping[str, Any] | None = None,
+        health: Health | None = None,
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
         self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
+        self.health, self.alarms = health, dict[str, Verdict]()
         self.console = Console()
 
     def execute(self, accelerator: Accelerator, start: Checkpoint | None) -> dict[str, Any]:
@@ -66,7 +72,8 @@ class Run:
                     return self._conclude(state)
             except StopRequested:
                 assert signal.signal is not None
-                left = "evaluation and export" if self.trainer.ended(state) else "training"
+                done = self.trainer.ended(state) or self._enough() is not None
+                left = "evaluation and export" if done else "training"
                 self.console.print(
                     f"stopped by {signal.signal.name} after step {state.step}, saved; {left} goes on with "
                     f"resume=true run_dir={self.folder.path}",
@@ -74,6 +81,9 @@ class Run:
                     highlight=False,
                 )
                 raise Stopped(signal.status) from None
+            except NonFiniteError as error:
+                self.folder.add_metrics(state.step + 1, {"failed": str(error)})  # for `doctor`; dropped if it goes on
+                raise
 
     def _train(self, state: TrainingState, accelerator: Accelerator, signal: StopSignal) -> None:
         recipe = self.recipe
@@ -93,12 +103,20 @@ class Run:
                 except StopRequested:
                     pass  # the loop asks next; the checkpoint is then of a step whose evaluation is missing
 
-            progress = Progress(log, lambda step: self._save(state), evaluate, lambda: signal.requested)
+            def stop() -> bool:
+                return signal.requested or self._enough() is not None
+
+            progress = Progress(log, lambda step: self._save(state), evaluate, stop)
+            if self.health is not None:
+                vitals = Vitals(self.health, recipe, self.trainer.batch_size, accelerator.autocast)
+                progress.before = lambda step: vitals.before(state)
+                progress.after = lambda step: self._watch(vitals, state)
             every = self.evaluation.every if self.evaluation else 0
             owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
             if owed and not self.folder.was_evaluated(state.step):  # a signal had cut it short
                 evaluate(state.step)
-            self.trainer.fit(state, recipe.data, recipe.needs, accelerator, progress, every)
+            if self._enough() is None:  # else the run was cut short after it had ended
+                self.trainer.fit(state, recipe.data, recipe.needs, accelerator, progress, every)
         if signal.requested:
             raise StopRequested
 
@@ -120,7 +138,26 @@ class Run:
                 os.fsync(file.fileno())
         folder = self.folder.checkpoints
         checkpoint.commit(folder, state.step, state.tensors(), state.values())
-        checkpoint.prune(folder, self.trainer.keep, self.folder.best_step())
+        metric = None if self.evaluation is None else self.evaluation.stop_metric
+        checkpoint.prune(folder, self.trainer.keep, self.folder.best_step(metric))
+
+    def _enough(self) -> Reason | None:
+        """Why training ends before its steps are over, from the evaluations in the folder; None if it does not."""
+        if self.evaluation is None or self.evaluation.stop is None:
+            return None
+        return self.evaluation.stop.reason(self.folder.metrics())
+
+    def _watch(self, vitals: Vitals, state: TrainingState) -> None:
+        """Measure, write, and tell what is new and bad."""
+        figures = vitals.after(state)
+        if not figures:
+            return
+        self.folder.add_metrics(state.step, figures)
+        for verdict in now(Course(list(self.folder.metrics()), self.trainer.steps)):
+            if verdict.state == "alarm" and verdict.name not in self.alarms:
+                self.alarms[verdict.name] = verdict
+                text = f"alarm at step {state.step}: {verdict.line}"
+                self.console.print(text, soft_wrap=True, highlight=False, style="bold red")
 
     def _evaluate_interim(self, step: int) -> None:
         assert self.evaluation is not None
@@ -168,6 +205,11 @@ class Run:
             "peak_memory_bytes": state.peak_bytes,
         }
         summary |= self.made
+        if (enough := self._enough()) is not None:
+            summary["early_stop"] = asdict(enough)
+        course = Course(list(self.folder.metrics()), self.trainer.steps)
+        if course.keys("health/"):
+            summary["health"] = [asdict(verdict) for verdict in judge(course)]
         self.folder.write_summary(summary)
         self._print(summary)
         return summary
@@ -176,12 +218,19 @@ class Run:
         columns = [(name, summary[name]) for name in ("teacher", "student") if summary[name]]
         if columns:
             self.console.print(harness.table(columns))
-        if (done := summary["iterations"]) < self.trainer.steps:
+        if "early_stop" in summary:
+            stop = summary["early_stop"]
+            text = f"ended early: {stop['metric']} {stop['why']}; evaluated and exported as it was then"
+            if stop["best_step"] != stop["step"]:
+                text += ", checkpoint=best is the best one's"
+            self.console.print(text, soft_wrap=True, highlight=False)
+        elif (done := summary["iterations"]) < self.trainer.steps:
             self.console.print(f"ended by trainer.cpu_seconds after {done} of {self.trainer.steps} steps")
         self.console.print(
             f"trained {summary['iterations']} steps in {summary['wall_seconds']} s; "
             f"peak live tensors {summary['peak_memory_bytes'] / 2**20:.1f} MiB"
         )
+        self._print_health(summary.get("health"))
         self.console.print("look at next:")
         folder = self.folder.path
         picture = sorted((folder / "samples").iterdir())[-1]
@@ -189,3 +238,14 @@ class Run:
             if not path.exists():
                 continue
             self.console.print(f"  {path}", soft_wrap=True, highlight=False)
+
+    def _print_health(self, verdicts: list[dict[str, Any]] | None) -> None:
+        if verdicts is None:
+            return
+        alarms = [Verdict(**verdict) for verdict in verdicts if verdict["state"] == "alarm"]
+        for alarm in alarms:
+            text = f"alarm since step {alarm.step}: {alarm.line}"
+            self.console.print(text, soft_wrap=True, highlight=False, style="bold red")
+        if not alarms:
+            known = sum(verdict["state"] == "well" for verdict in verdicts)
+            self.console.print(f"health: no alarm, {known} signs judged")

@@ -20,6 +20,7 @@ from yaml import YAMLError
 from diffdistill import checkpoint
 from diffdistill.checkpoint import Checkpoint
 from diffdistill.errors import UserError
+from diffdistill.evaluation.early_stop import loss_of
 
 SCHEMA = 2  # of config.yaml; 1 had no key `schema`, no warm start, no stages
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EROFS: "it is read-only"}
@@ -144,21 +145,37 @@ class RunFolder:
             return
         aside = path.with_name(".metrics.jsonl")
         with aside.open("w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in self._metrics() if line["step"] <= step)
+            file.writelines(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
 
-    def best_step(self) -> int | None:
-        """The evaluated step with the lowest distance whose checkpoint stands; None if nothing was evaluated."""
+    def best_step(self, metric: str | None = None) -> int | None:
+        """The evaluated step with the best figure whose checkpoint stands; None if nothing was evaluated.
+
+        metric: of the evaluations; None is the first distance that they have.
+        """
         standing = {int(path.name.removeprefix("step-")) for path in checkpoint.steps(self.checkpoints)}
-        found = [(figure, line["step"]) for line in self._metrics() if (figure := _distance(line)) is not None]
+        found = [(loss, line["step"]) for line in self.metrics() if (loss := loss_of(line, metric)) is not None]
         return min(((f, s) for f, s in found if s in standing), default=(None, None))[1]
 
     def was_evaluated(self, step: int) -> bool:
-        return any(line["step"] == step and _distance(line) is not None for line in self._metrics())
+        return any(line["step"] == step and any(k.startswith("evaluation/") for k in line) for line in self.metrics())
 
-    def _metrics(self) -> Iterator[dict[str, Any]]:
+    @property
+    def in_use(self) -> bool:
+        """Whether a process holds the folder."""
+        if not (self.path / ".lock").is_file():
+            return False
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            return True
+        lock.release()
+        return False
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; the one that a kill left unfinished is passed over."""
         path = self.path / "metrics.jsonl"
         for line in path.read_text().splitlines() if path.is_file() else []:
@@ -173,12 +190,6 @@ class RunFolder:
     def add_metrics(self, step: int, figures: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, **figures}) + "\n")
-
-
-def _distance(line: Mapping[str, Any]) -> float | None:
-    """What ranks checkpoints, lower is better: the first of these that an evaluation has."""
-    figures = (line.get(f"evaluation/{name}") for name in ("fd_pixel", "fd", "kid", "swd"))
-    return next((figure for figure in figures if figure is not None), None)
 
 
 def _migrated(settings: DictConfig, schema: int) -> DictConfig:

@@ -37,7 +37,7 @@ def load_run(run: str, choice: Choice = "last", key: str = "run") -> tuple[Recip
     except UserError as error:
         fix = f"{error} Restore the file, or what it names."
         raise UserError(key, "must have a config.yaml that builds", str(folder.config_file), fix) from error
-    found = _chosen(folder, choice, key)
+    found = _chosen(folder, choice, key, stop_metric(settings))
     try:
         load_averaged(recipe.networks, found)
     except (RuntimeError, KeyError) as error:  # names or shapes of another configuration
@@ -67,14 +67,20 @@ def _check_nodes(settings: DictConfig) -> None:
     check(OmegaConf.create({key: settings[key] for key in _NEEDED}), anything)
 
 
-def _chosen(folder: RunFolder, choice: Choice, key: str) -> Checkpoint:
+def stop_metric(settings: Mapping[str, Any]) -> str | None:
+    """The figure by which a run's best checkpoint is the best; None is the ordinary one."""
+    found = OmegaConf.select(OmegaConf.create({"of": settings.get("evaluation")}), "of.stop.metric")
+    return None if found is None else str(found)
+
+
+def _chosen(folder: RunFolder, choice: Choice, key: str, metric: str | None) -> Checkpoint:
     if choice == "last":
         found = folder.newest(_UNREAD)
         if found is None:
             fix = "Train it to a checkpoint, or name another run."
             raise UserError(key, "must hold a checkpoint", str(folder.checkpoints), fix)
         return found
-    step = folder.best_step() if choice == "best" else choice
+    step = folder.best_step(metric) if choice == "best" else choice
     if step is None:
         raise UserError("checkpoint", "best needs a run that evaluated itself", "none", "Use last.")
     path = folder.checkpoints / f"step-{step:08d}"

@@ -74,16 +74,23 @@ def _never() -> bool:
     return False
 
 
+def _nothing(step: int) -> None:
+    pass
+
+
 @dataclass
 class Progress:
     """What the loop reports. log: (step, figures) -> None.  save, evaluate: (step) -> None, outside the clock; an
-    evaluation is followed by a save.  stop: asked after every step; true ends the loop after a save.
+    evaluation is followed by a save.  stop: asked after every step; true ends the loop after a save.  before, after:
+    a step, of its number in both, outside the clock.
     """
 
     log: Callable[[int, Mapping[str, float]], None]
     save: Callable[[int], None]
     evaluate: Callable[[int], None]
     stop: Callable[[], bool] = _never
+    before: Callable[[int], None] = _nothing
+    after: Callable[[int], None] = _nothing
 
 
 class Trainer:
@@ -148,6 +155,7 @@ class Trainer:
         """
         measured = self.measured(state.distiller)
         while not self.ended(state):
+            progress.before(state.step + 1)
             started, cpu_started = time.perf_counter(), time.process_time()
             counter = PeakBytes(self._live(state)) if state.step == measured else nullcontext()
             figures = self._run(state, data, needs, accelerator, counter)
@@ -162,6 +170,7 @@ class Trainer:
             ended = self.ended(state)
             if state.step % self.log_every == 0:
                 progress.log(state.step, {**figures, "time/step_seconds": seconds})
+            progress.after(state.step)
             evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and not ended
             if evaluated:
                 progress.evaluate(state.step)

@@ -19,6 +19,7 @@ from diffdistill.solvers import Sampler
 
 from . import metrics
 from .costs import latency_ms
+from .early_stop import EarlyStop
 from .metrics import check_metrics, measure
 from .protocol import Protocol, require_same
 from .reference import Reference
@@ -45,6 +46,7 @@ class Evaluation:
     prdc_space: whether prdc works on the values themselves or on features.
     interim_samples: samples of the evaluations before the last (fd_pixel reads higher on fewer).
     factors: at the end of a run also report what fewer steps and sparse attention save (see `factors`).
+    stop: when a run ends before its steps are over.
     """
 
     every: int
@@ -57,6 +59,7 @@ class Evaluation:
     teacher: Literal["card", "fresh", "none"]
     prdc_space: Literal["values", "features"] = "values"
     factors: bool = False
+    stop: EarlyStop | None = None
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -67,6 +70,16 @@ class Evaluation:
             replicates=self.replicates,
         )
         require_at_least(0, every=self.every, seed=self.seed)
+        if self.stop_metric is not None and self.metrics != () and not self.every:
+            fix = "Set it to the steps between evaluations."
+            raise UserError("every", "must be >= 1 for evaluation.stop to be asked", self.every, fix)
+        if self.stop is not None and self.metrics == ():
+            self.stop.check(())
+
+    @property
+    def stop_metric(self) -> str | None:
+        """What early stop looks at, and what the best checkpoint is the best by; None where it is off."""
+        return None if self.stop is None else self.stop.metric
 
     def names(self, data: Data) -> tuple[str, ...]:
         """The metrics to measure on this data: those given, or all that it has what they need for.
@@ -90,6 +103,8 @@ class Evaluation:
         """Refuse metrics that do not exist, do not fit the data or need more samples, before any work."""
         names, reference, features = self.names(data), data.reference(), data.features()
         check_metrics(names, reference, features, self.num_samples, key="evaluation.metrics")
+        if self.stop is not None:
+            self.stop.check(names)
         if self.every:
             check_metrics(names, reference, features, self.interim_samples, key="evaluation.metrics")
         for name in names:

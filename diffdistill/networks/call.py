@@ -7,7 +7,7 @@ checkpointing) re-enters the call of the forward pass it repeats.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -93,6 +93,43 @@ def note_pass(done: Pass) -> None:
     noted = _passes.get()
     if noted is not None:
         noted.append(done)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A whole network call with what went in and came out. network: process and kind of the prediction.
+
+    x: [B, *shape] state, t: [B] its time, cond: condition, out: [B, *shape] raw prediction, in the graph of the call.
+    """
+
+    role: str
+    network: Any
+    x: Tensor
+    t: Tensor
+    cond: Mapping[str, Tensor]
+    out: Tensor
+
+
+_seen: ContextVar[list[Seen] | None] = ContextVar("seen", default=None)
+
+
+@contextmanager
+def seen_calls() -> Iterator[list[Seen]]:
+    """Within the context every whole network call is kept in the yielded list, activations and all, but those under a
+    transform of torch.func, whose tensors do not outlive it."""
+    kept: list[Seen] = []
+    token = _seen.set(kept)
+    try:
+        yield kept
+    finally:
+        _seen.reset(token)
+
+
+def note_seen(seen: Seen) -> None:
+    """Keep a finished call if somebody looks."""
+    kept = _seen.get()
+    if kept is not None and not torch._C._functorch.is_functorch_wrapped_tensor(seen.out):
+        kept.append(seen)
 
 
 _repeating: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("repeating", default=nullcontext)

@@ -181,6 +181,11 @@ class Networks:
                 self._modules[name].train(active)
         self._active = frozenset(names)
 
+    @property
+    def training(self) -> tuple[str, ...]:
+        """Names of the roles of the last `train_only`."""
+        return tuple(name for name in self._modules if name in self._active)
+
     def zero_grad(self) -> None:
         for weights in self._weights.values():
             for weight in weights:
