@@ -17,6 +17,8 @@ from diffdistill import UserError, cli, config_check, config_files
 from diffdistill.cli import VERBS, Verb, function_of, main
 from diffdistill.config import check, compose
 
+pytestmark = pytest.mark.usefixtures("composed_by_hydra")
+
 VERB_MODULE = """
 import json, os
 from omegaconf import DictConfig, OmegaConf
