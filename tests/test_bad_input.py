@@ -442,7 +442,7 @@ def test_a_misspelt_key_is_told_with_the_right_one(places: str, here: Path, fini
 def test_lines_composed_from_files_read_once_end_as_those_that_hydra_composes(
     here: Path, finished: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = chosen_keys("once")[::50]
+    chosen = chosen_keys("once")[::100]
     faulty = [(f"{misspelt(key)}=1", f"{key.name}={{a:1}}", f"{key.name}=nowhere") for key in chosen]
     lines = [line(key, word, finished, images) for key, words in zip(chosen, faulty, strict=True) for word in words]
     lines += [["train", "experiment=gmm2d_dmd2", "dry_run=true", *words] for words, _ in LINES.values()]
@@ -457,10 +457,10 @@ def test_lines_composed_from_files_read_once_end_as_those_that_hydra_composes(
 
 
 def test_random_command_lines_end_in_one_message_and_touch_no_other_run(tmp_path: Path) -> None:
-    found = fuzz(tmp_path, num_lines=250, num_real=0, seed=3)
+    found = fuzz(tmp_path, num_lines=150, num_real=0, seed=3)
     report(found.faults)
     assert set(found.statuses) == {0, 2}
-    assert found.statuses[0] > 25  # good lines are among them
+    assert found.statuses[0] > 15  # good lines are among them
 
 
 @pytest.mark.slow

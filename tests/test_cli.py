@@ -107,6 +107,13 @@ def test_options_may_stand_anywhere(calls, capsys):
     assert calls == []
 
 
+@pytest.mark.parametrize("verb", ["plan", "doctor", "distill"])
+@pytest.mark.parametrize("option", [["--cfg", "job"], ["--cfg=job"]])
+def test_options_are_no_keys_of_train(verb: str, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, *option, "data=gmm2d", "~sampler.grid"]) == 0
+    assert "overrides:\n- data=gmm2d\n- ~sampler.grid\n" in capsys.readouterr().out
+
+
 def test_functions_take_overrides_and_keywords(calls):
     assert diffdistill.train("trainer=long", run_dir="it's here", roles={"student": "lora"}) == {"fd": 1.0}
     assert calls[0]["run_dir"] == "it's here"
