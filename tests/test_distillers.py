@@ -255,7 +255,7 @@ def test_a_short_run_lowers_the_distance(name: str) -> None:
         "trainer.optimizer.default.weight_decay=0",
         "trainer.clip.default=null",
     ]
-    trainer = trainer_of("trainer.steps=125", "trainer.batch_size=256", "trainer.ema={}", *rates)
+    trainer = trainer_of("trainer.steps=175", "trainer.batch_size=256", "trainer.ema={}", *rates)
     quiet = Progress(lambda step, figures: None, lambda step: None, lambda step: None)
     state = trainer.start(recipe.distiller, recipe.networks)
     trainer.fit(state, recipe.data, recipe.needs, Accelerator(), quiet)
