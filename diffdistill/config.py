@@ -74,6 +74,14 @@ def override(key: str, value: Any) -> str:
     return f"{key}={_literal(value)}"
 
 
+def gathered(words: Sequence[str], own: Collection[str]) -> list[str]:
+    """Words of the command line as keys of a verb that has only its `own`: train's keys gathered in overrides."""
+    others = [word for word in words if ("=" in word or word[:1] == "~") and word[:1] != "-"]
+    others = [word for word in others if word.partition("=")[0] not in own]
+    rest = [word for word in words if word not in others]
+    return [*rest, *([override("overrides", others)] if others else [])]
+
+
 def _literal(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return show(value)

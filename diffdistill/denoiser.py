@@ -73,6 +73,11 @@ class Guidance:
         return torch.where((t >= low) & (t <= high), w, torch.ones_like(w))
 
 
+def unconditioned(cond: Cond, null: Cond, x: Tensor) -> Cond:
+    """`cond` with the null condition in its place for each of x [B, ...]; keys that null lacks stay."""
+    return {**cond, **{key: value.to(x.device).expand(len(x), *value.shape[1:]) for key, value in null.items()}}
+
+
 class _EarlyStop(Exception):
     """Raised by the last recorded block: the rest of the network is not needed."""
 
@@ -188,11 +193,11 @@ class Denoiser:
         # every kind is affine in D with the same x_t term, so guiding the raw prediction guides D
         if self.guidance is None:
             return self._raw(x_t, t, t, cond)
-        null = {key: value.expand(x_t.shape[0], *value.shape[1:]) for key, value in self.guidance.null.items()}
+        without = unconditioned(cond, self.guidance.null, x_t)
         if self.guidance.is_unconditional:
-            return self._raw(x_t, t, t, {**cond, **null})
+            return self._raw(x_t, t, t, without)
         conditional = self._raw(x_t, t, t, cond)
-        unconditional = self._raw(x_t, t, t, {**cond, **null})
+        unconditional = self._raw(x_t, t, t, without)
         return unconditional + expand(self.guidance.weight(t), x_t) * (conditional - unconditional)
 
     def _raw(self, x: Tensor, t_state: Tensor, t: Tensor, cond: Cond) -> Tensor:

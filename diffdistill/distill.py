@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from diffdistill.config import build, call, compose, override
+from diffdistill.config import build, call, compose, gathered, override
 from diffdistill.errors import UserError
 from diffdistill.launch import train
 from diffdistill.networks.families.folder import family_of, whole_folder
@@ -31,6 +31,7 @@ SOURCES = {
     "tdm": "arXiv:2503.06674 (PixArt)",
     "sid_lsg": "arXiv:2406.01561 (SD 1.5)",
 }
+OWN = ("model", "prompts", "method", "steps", "run_dir", "overrides", "dry_run")
 SID_TIME = 625  # SiD-LSG's students start here, of 1,000
 LARGE = 10**9  # parameters, above which student and critic are LoRAs of one backbone unless asked otherwise
 LORA_RATE = 1e-4  # of such a student and its critic; no paper's
@@ -156,14 +157,7 @@ def cost(settings: Mapping[str, Any]) -> list[str]:
 
 
 def arguments(words: Sequence[str]) -> list[str]:
-    """The words of the command line as keys of this verb: MODEL first, and train's keys gathered in overrides."""
-    own, others = [], []
-    for index, word in enumerate(words):
-        key, equals, _ = word.partition("=")
-        if not equals and index == 0 and not word.startswith("-"):
-            own.append(override("model", word))
-        elif not equals or key in ("model", "prompts", "method", "steps", "run_dir", "overrides", "dry_run"):
-            own.append(word)
-        else:
-            others.append(word)
-    return [*own, *([override("overrides", others)] if others else [])]
+    """The words of the command line as keys of this verb: MODEL first."""
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        words = [override("model", words[0]), *words[1:]]
+    return gathered(words, OWN)

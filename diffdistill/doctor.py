@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffdistill.config import build, compose, override
+from diffdistill.config import build, compose, gathered
 from diffdistill.errors import UserError
 from diffdistill.evaluation.health import Course, Verdict, judge
 from diffdistill.probe import Probe, ask
@@ -43,10 +43,8 @@ OWN = ("run", "overrides")
 
 
 def arguments(words: Sequence[str]) -> list[str]:
-    """The words of the command line as keys of this verb: train's keys gathered in overrides."""
-    others = [word for word in words if "=" in word and word[0] != "-" and word.partition("=")[0] not in OWN]
-    own = [word for word in words if word not in others]
-    return [*own, *([override("overrides", others)] if others else [])]
+    """The words of the command line as keys of this verb."""
+    return gathered(words, OWN)
 
 
 def doctor(run: str | None, overrides: tuple[str, ...]) -> dict[str, Any] | Report:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.optimize import brentq
 
 from diffdistill.denoiser import Denoiser, FlowMap
 from diffdistill.errors import UserError
@@ -99,6 +98,7 @@ def flow_scheduler(times: Sequence[float]) -> Any:
     others the scheduler's grid differs, which the caller has to look at.
     """
     from diffusers import FlowMatchEulerDiscreteScheduler
+    from scipy.optimize import brentq  # a tenth of what importing `train` takes
 
     if len(times) == 1:
         return FlowMatchEulerDiscreteScheduler()

@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from diffdistill.config import build, compose, override
+from diffdistill.config import build, compose, gathered, override
 from diffdistill.config_files import groups, text
 from diffdistill.config_types import did_you_mean
 from diffdistill.errors import UserError, require_at_least
@@ -362,7 +362,5 @@ def _scaled(value: float, unit: str = "B", thousand: int = 1024) -> str:
 
 
 def arguments(words: Sequence[str]) -> list[str]:
-    """The words of the command line as keys of this verb: train's keys gathered in overrides."""
-    own = [word for word in words if word.partition("=")[0] in OWN]
-    others = [word for word in words if word.partition("=")[0] not in OWN]
-    return [*own, *([override("overrides", others)] if others else [])]
+    """The words of the command line as keys of this verb."""
+    return gathered(words, OWN)

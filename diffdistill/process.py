@@ -36,7 +36,7 @@ def _held(t: Tensor, low: float, high: float) -> Tensor:
 class NoiseProcess(ABC):
     """x_t = alpha(t) x0 + sigma(t) eps for t in [t_min, t_max]; the angle atan2(sigma, alpha) increases with t.
 
-    A subclass writes `alpha_sigma`; a closed `time_at` is welcome, bisection is the default.
+    A subclass writes `alpha_sigma`; closed `rates` and `time_at` are welcome, autodiff and bisection the default.
     """
 
     t_min: float
@@ -64,19 +64,27 @@ class NoiseProcess(ABC):
     def time_at(self, phi: Tensor) -> Tensor:
         """The t in [t_min, t_max] whose angle is phi [B]; angles outside the range give its ends.
 
-        By bisection in float64, then one Newton step that carries phi's derivative.
+        Found in float64, then one Newton step that carries phi's derivative.
         """
         with torch.no_grad():
-            target = phi.detach().double()
-            low, high = torch.full_like(target, self.t_min), torch.full_like(target, self.t_max)
-            for _ in range(60):
-                middle = (low + high) / 2
-                above = self.angle(middle) > target
-                low, high = torch.where(above, low, middle), torch.where(above, middle, high)
-            t0 = (low + high) / 2
-            slope = jvp(self.angle, (t0,), (torch.ones_like(t0),))[1].to(phi.dtype)
+            t0 = self._near(phi.detach().double())
+            slope = self.angle_rate(t0).to(phi.dtype)
             residual_free = self.angle(t0).to(phi.dtype)
         return _held(t0.to(phi.dtype) + (phi - residual_free) / slope, self.t_min, self.t_max)
+
+    def angle_rate(self, t: Tensor) -> Tensor:
+        """The angle's time derivative, [B]."""
+        (alpha, sigma), (d_alpha, d_sigma) = self.alpha_sigma(t), self.rates(t)
+        return (alpha * d_sigma - sigma * d_alpha) / (alpha.square() + sigma.square())
+
+    def _near(self, phi: Tensor) -> Tensor:
+        """The time of an angle in float64, without its derivative, by bisection."""
+        low, high = torch.full_like(phi, self.t_min), torch.full_like(phi, self.t_max)
+        for _ in range(60):
+            middle = (low + high) / 2
+            above = self.angle(middle) > phi
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return (low + high) / 2
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t = alpha(t) x0 + sigma(t) eps, [B, ...]."""
@@ -186,6 +194,9 @@ class EDM(NoiseProcess):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(t), t
 
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(t), torch.ones_like(t)
+
     def time_at(self, phi: Tensor) -> Tensor:
         # cos(pi/2) in floating point may be negative, and a tangent would come back as t_min
         return _held(torch.sin(phi) / torch.cos(phi).clamp(min=1e-9), self.t_min, self.t_max)
@@ -211,6 +222,9 @@ class RectifiedFlow(NoiseProcess):
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - t, t
 
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.ones_like(t)
+
     def time_at(self, phi: Tensor) -> Tensor:
         sin, cos = torch.sin(phi), torch.cos(phi)
         return _held(sin / (sin + cos), self.t_min, self.t_max)
@@ -232,6 +246,9 @@ class Trig(NoiseProcess):
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cos(t), self.sigma_data * torch.sin(t)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.sin(t), self.sigma_data * torch.cos(t)
 
     def time_at(self, phi: Tensor) -> Tensor:
         return _held(torch.atan2(torch.sin(phi), self.sigma_data * torch.cos(phi)), self.t_min, self.t_max)
@@ -276,7 +293,29 @@ class VP(NoiseProcess):
         ends = 2 * table[0] - table[1], 2 * table[-1] - table[-2]
         return torch.from_numpy(np.concatenate([ends[:1], table, ends[1:]]))
 
+    @cached_property
+    def _angles(self) -> Tensor:
+        """phi at 0 .. num_steps - 1, float64."""
+        return self.angle(torch.arange(self.num_steps, dtype=torch.float64))
+
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_bar = self._log_bar(t)[0]
+        if self.snr_shift == 1 and not self.zero_terminal_snr:
+            return torch.exp(log_bar / 2).to(t.dtype), torch.sqrt(-torch.expm1(log_bar)).to(t.dtype)
+        alpha = self._stretched(self._shifted(log_bar)[0])
+        return alpha.to(t.dtype), torch.sqrt((1 - alpha) * (1 + alpha)).to(t.dtype)
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_bar, slope = self._log_bar(t)
+        shifted, share = self._shifted(log_bar)
+        first, last = self._ends
+        stretch = first / (first - last) if self.zero_terminal_snr else 1.0
+        alpha, sigma = self.alpha_sigma(t.double())
+        d_alpha = stretch * shifted * share * slope
+        return d_alpha.to(t.dtype), (-alpha * d_alpha / sigma).to(t.dtype)
+
+    def _log_bar(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log(alpha_bar) and its time derivative, each [B] float64."""
         table = self.log_alpha_bar.to(t.device)
         index = t.detach().floor().clamp(0, self.num_steps - 2).long()
         u = t.double() - index
@@ -284,19 +323,37 @@ class VP(NoiseProcess):
         slope1, slope2 = (p2 - p0) / 2, (p3 - p1) / 2
         cubic = 2 * (p1 - p2) + slope1 + slope2
         square = 3 * (p2 - p1) - 2 * slope1 - slope2
-        log_bar = ((cubic * u + square) * u + slope1) * u + p1
-        if self.snr_shift == 1 and not self.zero_terminal_snr:
-            return torch.exp(log_bar / 2).to(t.dtype), torch.sqrt(-torch.expm1(log_bar)).to(t.dtype)
-        alpha = self._shifted(log_bar)
-        if self.zero_terminal_snr:
-            first, last = self._shifted(table[[1, self.num_steps]])
-            alpha = (alpha - last) * first / (first - last)
-        return alpha.to(t.dtype), torch.sqrt((1 - alpha) * (1 + alpha)).to(t.dtype)
+        return ((cubic * u + square) * u + slope1) * u + p1, (3 * cubic * u + 2 * square) * u + slope1
 
-    def _shifted(self, log_bar: Tensor) -> Tensor:
-        """alpha where the signal-to-noise ratio of alpha_bar is divided by snr_shift."""
+    def _shifted(self, log_bar: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha where the signal-to-noise ratio of alpha_bar is divided by snr_shift, and d log alpha / d log_bar."""
         bar = torch.exp(log_bar)
-        return torch.sqrt(bar / (self.snr_shift + (1 - self.snr_shift) * bar))
+        rest = self.snr_shift + (1 - self.snr_shift) * bar
+        return torch.sqrt(bar / rest), self.snr_shift / (2 * rest)
+
+    @cached_property
+    def _ends(self) -> tuple[float, float]:
+        """alpha at the ends of the table, before it is stretched."""
+        first, last = self._shifted(self.log_alpha_bar[[1, self.num_steps]])[0].tolist()
+        return first, last
+
+    def _stretched(self, alpha: Tensor) -> Tensor:
+        """alpha so moved and scaled that it ends at 0 and begins where it did, where zero_terminal_snr asks for it."""
+        if not self.zero_terminal_snr:
+            return alpha
+        first, last = self._ends
+        return (alpha - last) * first / (first - last)
+
+    def _near(self, phi: Tensor) -> Tensor:
+        """By Newton's steps, held between the two steps of the table whose angles are nearest."""
+        angles = self._angles.to(phi.device)
+        below = (torch.searchsorted(angles, phi) - 1).clamp(0, self.num_steps - 2)
+        low, high = (end.double().clamp(self.t_min, self.t_max) for end in (below, below + 1))
+        t = below + (phi - angles[below]) / (angles[below + 1] - angles[below])
+        for _ in range(5):
+            t = torch.clamp(t, low, high)
+            t = t + (phi - self.angle(t)) / self.angle_rate(t)
+        return torch.clamp(t, low, high)
 
 
 class Kind(ABC):

@@ -50,7 +50,7 @@ class Key:
         return (*special, last)
 
 
-@functools.cache  # composing each to find its open keys takes a minute
+@functools.cache  # each is composed to find its open keys
 def command_lines() -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Verb and overrides that together read every shipped file: each option of each group, beside fitting others.
 
@@ -174,7 +174,7 @@ _INSIDE = {
 
 def files_of(words: tuple[str, ...], verb: str) -> frozenset[str]:
     """The shipped files that a command line reads."""
-    cfg = config_files.composed(VERBS[verb].config, list(_prepared(verb, words)))
+    cfg = config_files.composed(VERBS[verb].config, _prepared(verb, words))
     choices = {str(k): v for k, v in cfg.hydra.runtime.choices.items() if not str(k).startswith("hydra/")}
     return frozenset(
         {VERBS[verb].config, *(f"{group.partition('@')[0]}/{option}" for group, option in choices.items() if option)}

@@ -1,8 +1,23 @@
-"""What the whole test run says of itself."""
+"""What all tests share, and what the whole run says of itself."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import composing
+import pytest
+
+from diffdistill import config_files
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config_files.composed = composing.composed
+
+
+@pytest.fixture
+def composed_by_hydra(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line composed from the files, as users' are."""
+    monkeypatch.setattr(config_files, "composed", composing.by_hydra)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -17,6 +17,8 @@ from diffdistill import UserError, cli, config_check, config_files
 from diffdistill.cli import VERBS, Verb, function_of, main
 from diffdistill.config import check, compose
 
+pytestmark = pytest.mark.usefixtures("composed_by_hydra")
+
 VERB_MODULE = """
 import json, os
 from omegaconf import DictConfig, OmegaConf
@@ -103,6 +105,13 @@ def test_options_may_stand_anywhere(calls, capsys):
     assert main(["train", "run_dir=x", "--cfg", "job", "trainer.steps=4"]) == 0
     assert "steps: 4" in capsys.readouterr().out
     assert calls == []
+
+
+@pytest.mark.parametrize("verb", ["plan", "doctor", "distill"])
+@pytest.mark.parametrize("option", [["--cfg", "job"], ["--cfg=job"]])
+def test_options_are_no_keys_of_train(verb: str, option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, *option, "data=gmm2d", "~sampler.grid"]) == 0
+    assert "overrides:\n- data=gmm2d\n- ~sampler.grid\n" in capsys.readouterr().out
 
 
 def test_functions_take_overrides_and_keywords(calls):

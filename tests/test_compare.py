@@ -21,7 +21,11 @@ from diffdistill.config import compose
 from diffdistill.errors import UserError
 from diffdistill.trainer import NonFiniteError
 
-FAST = "overrides=['evaluation.num_samples=300','trainer.batch_size=8']"
+pytestmark = pytest.mark.xdist_group("two comparisons")  # one process trains what most tests read
+
+# of the figures those that the tests read: neighbours among 10,000 reference samples take seconds each time
+FIGURES = "evaluation.metrics=[modes,kl,w2,swd,nfe]"
+FAST = f"overrides=['evaluation.num_samples=300','{FIGURES}','trainer.batch_size=8','probe=null']"
 WORDS = ("data=gmm2d", "budget.iterations=3", FAST)
 
 
@@ -156,7 +160,7 @@ def test_a_method_from_another_start_brings_the_teachers_one_step_from_there(two
     out = tmp_path / "starts"
     shutil.copytree(two, out)
     before = table(out)
-    later = [word.replace("'evaluation", "'distiller.times=[2.5]','evaluation") for word in WORDS]
+    later = [word.replace("'evaluation", "'distiller.times=[2.5]','evaluation", 1) for word in WORDS]
     with pytest.raises(UserError, match="overrides must be"):
         run(out, *later, "distillers=[consistency]")
     config = out / "sid" / "config.yaml"  # as if sid had begun at 2.5
@@ -299,5 +303,7 @@ def test_the_teachers_row_is_the_plain_teacher_whichever_method_comes_first(two:
 
 
 def test_values_of_the_data_reach_every_method(tmp_path: Path) -> None:
-    run(tmp_path / "out", *WORDS, "data.std=0.07", "distillers=[consistency]")
+    whole = "overrides=['evaluation.num_samples=300','trainer.batch_size=8']"  # all figures that fit, and the probe
+    run(tmp_path / "out", *WORDS[:2], whole, "data.std=0.07", "distillers=[consistency]")
+    assert float(table(tmp_path / "out")["consistency"]["coverage"]) > 0
     assert "std: 0.07" in (tmp_path / "out" / "consistency" / "config.yaml").read_text()

@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from diffdistill import UserError, config_check, config_files
 from diffdistill.config import build, call, check, compose, override, prepared
 
+pytestmark = pytest.mark.usefixtures("composed_by_hydra")
+
 TARGETS = """
 from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence

@@ -170,8 +170,12 @@ def test_the_residual_at_the_optimum_falls_as_steps_halve(name: str) -> None:
     assert any(abs(mean) > 8 * error for mean, error in found[0].values())
 
 
+# the gradient is nearly odd about the optimum: of two opposite deviations one is among the slow tests
+OPPOSITES = [pytest.param(*away, marks=pytest.mark.slow) for away in ((-0.3, 1.0), (0.0, 0.8))]
+
+
 @on_maps
-@pytest.mark.parametrize(("mean_off", "std_factor"), [(0.3, 1.0), (-0.3, 1.0), (0.0, 1.2), (0.0, 0.8)])
+@pytest.mark.parametrize(("mean_off", "std_factor"), [(0.3, 1.0), (0.0, 1.2), *OPPOSITES])
 def test_descent_moves_a_wrong_student_back(name: str, mean_off: float, std_factor: float) -> None:
     """Away from the optimum, in the mean and in the scale, the student's gradient has the sign of the deviation."""
     recipe = gauss_recipe(name)
@@ -251,7 +255,7 @@ def test_a_short_run_lowers_the_distance(name: str) -> None:
         "trainer.optimizer.default.weight_decay=0",
         "trainer.clip.default=null",
     ]
-    trainer = trainer_of("trainer.steps=250", "trainer.batch_size=256", "trainer.ema={}", *rates)
+    trainer = trainer_of("trainer.steps=175", "trainer.batch_size=256", "trainer.ema={}", *rates)
     quiet = Progress(lambda step, figures: None, lambda step: None, lambda step: None)
     state = trainer.start(recipe.distiller, recipe.networks)
     trainer.fit(state, recipe.data, recipe.needs, Accelerator(), quiet)

@@ -24,7 +24,10 @@ from diffdistill.data import GaussianData, Mixture2D
 from diffdistill.distillers.base import Batch
 from diffdistill.networks.exact import Gaussian, mixture_on_circle
 from diffdistill.networks.files import resolve
-from diffdistill.probe import Probe, Verdict, _Errors, _survives
+from diffdistill.probe import Probe
+from diffdistill.probe_residuals import Errors
+from diffdistill.probe_search import survives
+from diffdistill.probe_verdict import Verdict
 from diffdistill.process import EDM, EPS, VELOCITY, VP, X0, BoundaryF, F, Negated, RectifiedFlow, Trig, V
 from diffdistill.readings import Inputs, Reading, declared, kinds, other_inputs
 from diffdistill.recipe import assemble
@@ -33,7 +36,16 @@ from diffdistill.rng import Rng
 PROCESSES = {"edm": EDM(), "vp": VP(), "rf": RectifiedFlow(), "trig": Trig(sigma_data=0.5)}
 QUICK = Probe(num_samples=8, levels=4)
 OWN = ("sd15", "sd3", "stable_audio")  # of the families, where all of them would take minutes
-FEW = [name if name in OWN else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+
+
+def few(*names: str) -> list[Any]:
+    """Every family, those not named among the slow ones."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+
+
+FEW = few(*OWN)
+# one that predicts noise, one v, one a flow's velocity; told words, and told classes
+SORTS = few("sd15", "stable_audio", "sd3", "dit")
 SHAPES = ("data=shapes_t2i", "experiment=shapes_t2i")
 
 
@@ -106,7 +118,7 @@ def test_a_right_reading_is_accepted(name: str) -> None:
 CONFUSED = (EPS, X0, V, VELOCITY)
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", SORTS)
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["likely", "all"])
 def test_another_prediction_kind_is_refused(name: str, every: bool) -> None:
     network = network_of(name)
@@ -155,10 +167,29 @@ def refuse_others(name: str, every: list[Inputs]) -> None:
         assert equal or better.reading.what == truth.what, (better.reading.what, truth.what)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", few("sd15", "sd3"))  # betas and a flow
 def test_other_inputs_are_refused(name: str) -> None:
     network = network_of(name)
     refuse_others(name, likely(network))
+
+
+@pytest.mark.parametrize(
+    ("factor", "offset", "what"),
+    [(0.5, 0.5, "its data lie in [-1, 1], these in [0, 1]"), (2.0, -1.0, "its data lie in [0, 1], these in [-1, 1]")],
+)
+def test_data_in_another_range_are_refused(factor: float, offset: float, what: str) -> None:
+    network = oracle(TINY["sd15"], declared(network_of("sd15")))
+    assert what in refusal(QUICK.examine(network, Signs(TINY["sd15"], factor=factor, offset=offset)))
+
+
+def test_a_flow_that_is_told_shifted_times_is_refused() -> None:
+    own = declared(network_of("sd3"))
+
+    def time(t: Tensor) -> Tensor:  # three times the noise-to-signal ratio
+        return own.inputs.time(3 * t / (1 + 2 * t))
+
+    truth = Reading(replace(own.inputs, time=time), own.kind)
+    assert "the time that a shift of 3 leads to" in refusal(found("sd3", truth))
 
 
 @pytest.mark.parametrize("name", ["sd3", "wan", "flux"])
@@ -216,14 +247,14 @@ def test_a_condition_that_changes_nothing_is_told() -> None:
     assert "guidance does nothing" in verdict.lines()[1]
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", SORTS)
 def test_untrained_weights_are_told_and_not_refused(name: str) -> None:
     verdict = QUICK.examine(network_of(name), Signs(TINY[name]))
     verdict.refuse({})
     assert "under no reading that is known" in verdict.lines()[0]
 
 
-@pytest.mark.parametrize("name", [name for name in FEW if name != "sd15"])
+@pytest.mark.parametrize("name", [name for name in few("stable_audio", "sd15") if name != "sd15"])
 def test_samples_of_untrained_weights_are_no_evidence(name: str) -> None:
     verdict = Probe(num_samples=4, levels=4).examine(network_of(name), Signs(TINY[name], stored=False))
     verdict.refuse({})
@@ -232,14 +263,14 @@ def test_samples_of_untrained_weights_are_no_evidence(name: str) -> None:
 
 def test_a_reading_that_is_worse_anywhere_is_not_better() -> None:
     """A teacher that is poor at high noise is not misread for that."""
-    own = _Errors(torch.tensor([0.5, 0.5, 0.5]), 0.5, 1.0)
-    for residual, survives in ((0.4, True), (0.5, True), (0.505, True), (0.6, False)):
-        assert _survives(replace(own, each=torch.full((3,), residual)), own) == survives
+    own = Errors(torch.tensor([0.5, 0.5, 0.5]), 0.5, 1.0)
+    for residual, sound in ((0.4, True), (0.5, True), (0.505, True), (0.6, False)):
+        assert survives(replace(own, each=torch.full((3,), residual)), own) == sound
     bad = replace(own, each=torch.full((3,), 4.0))
-    for residual, survives in ((1.0, True), (1.5, False)):  # better than the declared one, and no denoiser
-        assert _survives(replace(own, each=torch.full((3,), residual)), bad) == survives
+    for residual, sound in ((1.0, True), (1.5, False)):  # better than the declared one, and no denoiser
+        assert survives(replace(own, each=torch.full((3,), residual)), bad) == sound
     noisy = replace(own, each=torch.tensor([0.2, 0.9, 0.5]))  # .53: within the noise of three samples
-    assert _survives(noisy, own)
+    assert survives(noisy, own)
 
 
 def test_constants_are_no_samples() -> None:
@@ -333,7 +364,11 @@ MISTAKES: dict[str, tuple[Callable[[Reading], Reading], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
+# another kind stands for the other outputs: the sign and sigma_data
+OUTPUTS = ("sign", "sigma_data")
+
+
+@pytest.mark.parametrize("mistake", [pytest.param(m, marks=[pytest.mark.slow] * (m in OUTPUTS)) for m in MISTAKES])
 def test_a_shipped_teacher_that_is_misread_is_refused(mistake: str) -> None:
     recipe = assemble(compose("train", ["data=digits", "run_dir=none"]))
     network = recipe.networks.teacher
@@ -363,7 +398,7 @@ def test_training_is_refused_before_anything_is_written(
 ) -> None:
     from diffdistill.cli import main
 
-    words = [*SHAPES, "networks.path=" + str(mislabelled), "evaluation=none", "trainer.steps=1"]
+    words = [*SHAPES, f"networks.path={mislabelled}", "evaluation=none", "trainer.steps=1", "probe.num_samples=4"]
     assert main(["train", *words, f"run_dir={tmp_path / 'run'}"]) == 2
     message = capsys.readouterr().err
     assert "must read the teacher as it was trained" in message and "scheduler_config.json" in message

@@ -19,6 +19,7 @@ from diffdistill.process import (
     X0,
     BoundaryF,
     F,
+    NoiseProcess,
     RectifiedFlow,
     Trig,
     V,
@@ -142,6 +143,18 @@ def test_rates_equal_central_differences(name):
     h = 1e-5 * (process.t_max - process.t_min)
     for rate, high, low in zip(process.rates(t), process.alpha_sigma(t + h), process.alpha_sigma(t - h), strict=True):
         torch.testing.assert_close(rate, (high - low) / (2 * h), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("ends", [(0.0, 999.0), (3.3, 900.7)])
+def test_vp_in_closed_form_is_what_autodiff_and_bisection_give(shift, zero, ends):
+    process = VP(*ends, 0.00085, 0.012, "scaled_linear", zero_terminal_snr=zero, snr_shift=shift)
+    t = torch.linspace(*ends, 2001, dtype=torch.float64)
+    for ours, wanted in zip(process.rates(t), NoiseProcess.rates(process, t), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(process._near(process.angle(t)), t, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(NoiseProcess._near(process, process.angle(t)), t, rtol=1e-11, atol=1e-11)
 
 
 def test_rates_of_the_closed_processes_are_the_textbook_ones():

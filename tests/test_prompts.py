@@ -119,7 +119,8 @@ def test_a_data_free_method_trains_on_prompts(folders: dict[str, Path], file: Pa
     assert any(w.grad is not None and w.grad.any() for w in recipe.networks.weights("fake_score"))
 
 
-@pytest.mark.parametrize("name", ["sd15", "flux", pytest.param("pixart", marks=pytest.mark.slow)])
+# each is verified twice, in processes of its own; test_export_schedulers holds Flux's steps against its pipeline
+@pytest.mark.parametrize("name", ["sd15", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flux", "pixart"))])
 def test_a_student_becomes_its_teacher_s_pipeline(
     name: str, folders: dict[str, Path], file: Path, tmp_path: Path
 ) -> None:
