@@ -77,7 +77,7 @@ def sources(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Source]:
 
 def check_cache(cache: str | None) -> None:
     """Refuse a cache that is no folder and cannot become one; None is the run's own folder."""
-    if cache is not None and (reason := _no_folder(cache)):
+    if cache is not None and (reason := why_no_folder(cache)):
         raise UserError("cache", f"must name a folder, or be null: {reason}", show(cache), "Write another one.")
 
 
@@ -108,7 +108,7 @@ def read_or_make(folder: Path, kind: str, key: str, make: Callable[[], Made]) ->
     return made, False
 
 
-def _no_folder(path: str) -> str:
+def why_no_folder(path: str) -> str:
     """Why no folder can be at `path`; empty if one can."""
     if not path.strip():
         return "it is empty"

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from diffdistill.cached_tensors import why_no_folder
 from diffdistill.errors import UserError
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.costs import latency_ms, peak_bytes
@@ -74,6 +75,8 @@ def evaluate(
             new_file(key, file)
     if statistics is not None and Path(statistics).suffix != ".safetensors":
         raise UserError("statistics", "must end in .safetensors", statistics, "Name such a file.")
+    if work is not None and (reason := why_no_folder(work)):
+        raise UserError("work", f"must name a folder: {reason}", repr(work), "Name another one.")
     earlier = None if against is None else _earlier(against)
     state = _processes()
     if state.num_processes > 1 and work is None:

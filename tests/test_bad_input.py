@@ -58,7 +58,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "evaluate.clip": ("nowhere", "timm:x"),
     "latency_batches": ("[0]", "[]"),
     "evaluate.replicates": FROM_ZERO,
-    "work": ("FINISHED/config.yaml/x", "LONGNAME"),
+    "work": ("FINISHED/config.yaml/x", "LONGNAME", "''"),
     "sample.steps": COUNT,
     "export.steps": COUNT,
     "export.out": ("''", "FINISHED", "LONGNAME"),
