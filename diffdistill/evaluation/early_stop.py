@@ -9,10 +9,10 @@ from typing import Any
 from diffdistill.errors import UserError
 
 HIGHER_IS_BETTER = (
-    "label_agreement", "precision", "recall", "density", "coverage", "clip_score", "modes", "mode_share",
+    "label_agreement", "precision", "recall", "density", "coverage", "clip_score", "modes", "mode_share", "diversity",
 )  # fmt: skip
 LOWER_IS_BETTER = (
-    "fd_pixel", "fd", "kid", "swd", "w2", "kl", "frame_fd", "frame_fd_pixel", "velocity_error", "memorised",
+    "fd_pixel", "fd", "fid", "kid", "swd", "w2", "kl", "frame_fd", "frame_fd_pixel", "velocity_error", "memorised",
 )  # fmt: skip
 OF_SEVERAL = {"prdc": ("precision", "recall", "density", "coverage"), "modes": ("modes", "mode_share")}
 RANKING = ("fd_pixel", "fd", "kid", "swd")  # what ranks checkpoints unless asked otherwise: the first that there is
