@@ -316,8 +316,9 @@ def test_without_data_its_own_samples_tell(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_all_other_inputs_are_refused(name: str) -> None:
-    near = ("sigma_data 1", "shift of 0.5")  # 2 percent away, or nothing, on these data
     network = network_of(name)
+    # 2 percent away, or nothing, on these data
+    near = ("sigma_data 1", "shift of 0.5", *(["linear betas"] if network.kind == V else []))
     scaled = [i for i in other_inputs(network, True) if i.w is None or i.w == 1]
     refuse_others(name, [i for i in scaled if not any(part in i.what for part in near)])
 
