@@ -10,6 +10,7 @@ import composing
 import pytest
 from config_keys import Key, command_lines, files_of, keys, run
 from fuzz import fuzz
+from omegaconf import OmegaConf
 from PIL import Image
 from tiny_families import write_families
 
@@ -453,7 +454,8 @@ def test_lines_composed_from_files_read_once_end_as_those_that_hydra_composes(
     same = config_files.composed("train", ["data=gmm2d", "distiller=sid", "trainer.steps=7"])
     for cfg in (good, same):  # the name of a folder of Hydra's, which nothing reads
         cfg.hydra.job.override_dirname = ""
-    assert good == same
+    # as written: some of Hydra's own values are the time of day
+    assert OmegaConf.to_container(good) == OmegaConf.to_container(same)
 
 
 def test_random_command_lines_end_in_one_message_and_touch_no_other_run(tmp_path: Path) -> None:
