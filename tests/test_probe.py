@@ -164,7 +164,9 @@ def refuse_others(name: str, every: list[Inputs]) -> None:
         better = verdict.better
         assert better is not None, inputs.what
         equal = same(better.reading, truth) and better.reading.inputs.factor == inputs.factor
-        assert equal or better.reading.what == truth.what, (better.reading.what, truth.what)
+        # with and without it the schedules differ by a tenth of a percent: which of the two is named is chance
+        named = better.reading.what.removesuffix(" with rescale_betas_zero_snr")
+        assert equal or named == truth.what.removesuffix(" with rescale_betas_zero_snr"), (named, truth.what)
 
 
 @pytest.mark.parametrize("name", few("sd15", "sd3"))  # betas and a flow
@@ -318,7 +320,7 @@ def test_without_data_its_own_samples_tell(name: str) -> None:
 def test_all_other_inputs_are_refused(name: str) -> None:
     network = network_of(name)
     # 2 percent away, or nothing, on these data
-    near = ("sigma_data 1", "shift of 0.5", *(["linear betas"] if network.kind == V else []))
+    near = ("sigma_data 1", "shift of 0.5", *(["linear betas", "zero_snr"] if network.kind == V else []))
     scaled = [i for i in other_inputs(network, True) if i.w is None or i.w == 1]
     refuse_others(name, [i for i in scaled if not any(part in i.what for part in near)])
 
