@@ -62,14 +62,15 @@ regression: $(STAMP)
 %-page: $(STAMP)
 	$(BIN)/python -m diffdistill.leaderboard runs/$* docs
 
+# a file's tests share a process: what its fixtures make is made once
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(ARGS)
 
 matrix: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "" tests/test_matrix.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "" tests/test_matrix.py $(ARGS)
 
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --kills 100 $(ARGS)

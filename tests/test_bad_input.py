@@ -328,7 +328,6 @@ def chosen_keys(places: str) -> list[Key]:
 
 
 in_places = pytest.mark.parametrize("places", ["once", pytest.param("everywhere", marks=pytest.mark.slow)])
-pytestmark = pytest.mark.xdist_group("every key")  # one process composes the files
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from diffdistill.config import compose
 from diffdistill.errors import UserError
 from diffdistill.trainer import NonFiniteError
 
-pytestmark = pytest.mark.xdist_group("two comparisons")  # one process trains what most tests read
-
 # of the figures those that the tests read: neighbours among 10,000 reference samples take seconds each time
 FIGURES = "evaluation.metrics=[modes,kl,w2,swd,nfe]"
 FAST = f"overrides=['evaluation.num_samples=300','{FIGURES}','trainer.batch_size=8','probe=null']"

@@ -20,8 +20,6 @@ from diffdistill.generator import Generator
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.saved_run import load_merged, load_run
 
-pytestmark = pytest.mark.xdist_group("one export")  # one process writes what most tests read
-
 TINY = "{sample_size:8,in_channels:1,out_channels:1,layers_per_block:1,block_out_channels:[8,16],\
 down_block_types:[DownBlock2D,DownBlock2D],up_block_types:[UpBlock2D,UpBlock2D],norm_num_groups:4,num_class_embeds:11}"
 

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("one wheel")  # one process builds it
-
 ROOT = Path(__file__).parent.parent
 NO_COMPILER = {"CC": "/bin/false", "CXX": "/bin/false"}
 

@@ -11,8 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from diffdistill.cli import main
 
-pytestmark = pytest.mark.xdist_group("one run")  # one process trains what most tests read
-
 QUICK = [
     "train", "experiment=gmm2d_dmd2", "trainer.steps=12", "trainer.batch_size=32", "trainer.log_every=4",
     "evaluation.num_samples=500", "evaluation.interim_samples=200", "evaluation.every=8", "trainer.checkpoint_every=6",
