@@ -22,7 +22,8 @@ from rich.table import Table
 
 from diffdistill.config import build, compose, gathered
 from diffdistill.errors import UserError
-from diffdistill.evaluation.health import Course, Verdict, judge
+from diffdistill.evaluation.course import Course, Verdict
+from diffdistill.evaluation.health import judge
 from diffdistill.probe import Probe, ask
 from diffdistill.recipe import assemble
 from diffdistill.run_folder import RunFolder

@@ -17,9 +17,10 @@ from diffdistill import checkpoint
 from diffdistill.checkpoint import Checkpoint
 from diffdistill.errors import Stopped
 from diffdistill.evaluation import factors, harness
+from diffdistill.evaluation.course import Course, Verdict
 from diffdistill.evaluation.early_stop import Reason
 from diffdistill.evaluation.harness import Evaluation
-from diffdistill.evaluation.health import Course, Verdict, judge, now
+from diffdistill.evaluation.health import judge, now
 from diffdistill.evaluation.vitals import Health, Vitals
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
@@ -51,6 +52,7 @@ class Run:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
         self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
         self.health, self.alarms = health, dict[str, Verdict]()
+        self.enough: Reason | None = None  # why training ended before its steps were over
         self.console = Console()
 
     def execute(self, accelerator: Accelerator, start: Checkpoint | None) -> dict[str, Any]:
@@ -72,7 +74,7 @@ class Run:
                     return self._conclude(state)
             except StopRequested:
                 assert signal.signal is not None
-                done = self.trainer.ended(state) or self._enough() is not None
+                done = self.trainer.ended(state) or self.enough is not None
                 left = "evaluation and export" if done else "training"
                 self.console.print(
                     f"stopped by {signal.signal.name} after step {state.step}, saved; {left} goes on with "
@@ -104,7 +106,7 @@ class Run:
                     pass  # the loop asks next; the checkpoint is then of a step whose evaluation is missing
 
             def stop() -> bool:
-                return signal.requested or self._enough() is not None
+                return signal.requested or self.enough is not None
 
             progress = Progress(log, lambda step: self._save(state), evaluate, stop)
             if self.health is not None:
@@ -115,7 +117,8 @@ class Run:
             owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
             if owed and not self.folder.was_evaluated(state.step):  # a signal had cut it short
                 evaluate(state.step)
-            if self._enough() is None:  # else the run was cut short after it had ended
+            self.enough = self._enough()
+            if self.enough is None:  # else the run was cut short after it had ended
                 self.trainer.fit(state, recipe.data, recipe.needs, accelerator, progress, every)
         if signal.requested:
             raise StopRequested
@@ -165,6 +168,7 @@ class Run:
             self._picture(step)
             figures, _ = self._figures(self.recipe.distiller.generator, harness.interim(self.evaluation))
         self.folder.add_metrics(step, {f"evaluation/{k}": v for k, v in figures.items()})
+        self.enough = self._enough()
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float))
         self.console.print(f"step {step}: {shown}")
 
@@ -205,8 +209,8 @@ class Run:
             "peak_memory_bytes": state.peak_bytes,
         }
         summary |= self.made
-        if (enough := self._enough()) is not None:
-            summary["early_stop"] = asdict(enough)
+        if self.enough is not None:
+            summary["early_stop"] = asdict(self.enough)
         course = Course(list(self.folder.metrics()), self.trainer.steps)
         if course.keys("health/"):
             summary["health"] = [asdict(verdict) for verdict in judge(course)]

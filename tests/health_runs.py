@@ -22,7 +22,8 @@ from diffdistill.cached_tensors import sources
 from diffdistill.config import build, compose
 from diffdistill.distillers.base import Batch, Loss, Phase
 from diffdistill.errors import UserError
-from diffdistill.evaluation.health import Course, Verdict, judge
+from diffdistill.evaluation.course import Course, Verdict
+from diffdistill.evaluation.health import judge
 from diffdistill.evaluation.vitals import Health, Vitals
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.trainer import Progress

@@ -23,9 +23,10 @@ from diffdistill.cli import main
 from diffdistill.config import compose
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Batch, Loss, Phase
-from diffdistill.evaluation import health
+from diffdistill.evaluation import signs
+from diffdistill.evaluation.course import Course, Verdict
 from diffdistill.evaluation.dissection import lag, look, untouched
-from diffdistill.evaluation.health import Course, Verdict, judge
+from diffdistill.evaluation.health import judge
 from diffdistill.evaluation.yardstick import energy, heeded, yardstick
 from diffdistill.losses import denoising, unit_weight
 from diffdistill.networks.exact import Gaussian
@@ -329,6 +330,10 @@ def test_a_critic_that_hardly_moves_lags_at_once_and_a_student_far_from_its_aver
     assert state("step size", average__student=[0.1], update__student=[0.01]) == "well"
 
 
+def test_a_student_that_does_not_heed_yet_is_not_called_well() -> None:
+    assert state("condition", condition__student=[0.0] * 2, condition__student_doubt=[0.1] * 2) == "unknown"
+
+
 def test_an_average_that_is_begun_again_is_not_judged_across_it() -> None:
     assert state("average", average__student_first=[0.2, 0.95]) == "unknown"
     assert state("average", average__student_first=[0.2, 0.95, 0.6]) == "well"
@@ -336,9 +341,9 @@ def test_an_average_that_is_begun_again_is_not_judged_across_it() -> None:
 
 def test_a_run_that_writes_nothing_stalls_by_its_own_pace() -> None:
     lines = [{"step": 10 * i, "time/step_seconds": 2.0} for i in range(1, 5)]
-    assert health.stall(Course(lines, 100, idle=300.0)).state == "well"  # a line every 20 s
-    assert health.stall(Course(lines, 100, idle=500.0)).state == "alarm"
-    assert health.stall(Course(lines, 100)).state == "unknown"
+    assert signs.stall(Course(lines, 100, idle=300.0)).state == "well"  # a line every 20 s
+    assert signs.stall(Course(lines, 100, idle=500.0)).state == "alarm"
+    assert signs.stall(Course(lines, 100)).state == "unknown"
 
 
 # -- the doctor -----------------------------------------------------------------------------------------------------

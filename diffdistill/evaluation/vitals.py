@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.denoiser import Cond, Denoiser, unconditioned
 from diffdistill.errors import require_at_least
 from diffdistill.evaluation.dissection import (
     AHEAD,
@@ -146,7 +146,7 @@ class Vitals:
         if null is None:
             other: Cond = {key: value.roll(max(1, len(x0) // 2), 0) for key, value in cond.items()}
         else:
-            other = {**cond, **{k: v.to(x0.device).expand(len(x0), *v.shape[1:]) for k, v in null.items()}}
+            other = unconditioned(cond, null, x0)
         rng = Rng(self.health.seed, 0, "health condition", range(len(x0)), x0.device)
         return heeded(denoiser, x0, cond, other, std, rng)
 

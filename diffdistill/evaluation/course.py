@@ -1,0 +1,71 @@
+"""The course of a run, as its vital signs were measured, and what is said of one of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Line = Mapping[str, Any]
+State = Literal["well", "alarm", "unknown"]
+
+LATE = 0.5  # of the steps, after which what grows slowly in a healthy run has to be there
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """name: of the sign.  state: `unknown` where it was not measured.  words: what was found.  figure, threshold: None
+    where there are none.  fix: the first thing to try, for an alarm.  step: when the alarm was first raised.
+    """
+
+    name: str
+    state: State
+    words: str
+    figure: float | None = None
+    threshold: float | None = None
+    fix: str = ""
+    step: int | None = None
+
+    @property
+    def line(self) -> str:
+        """An alarm in one line."""
+        figure = "" if self.figure is None else f" ({self.figure:.3g}, threshold {self.threshold:g})"
+        return f"{self.name}: {self.words}{figure}. Try first: {self.fix}"
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run so far. steps: it is to take.  idle: seconds since it wrote, while it is going on; None otherwise."""
+
+    lines: Sequence[Line]
+    steps: int
+    idle: float | None = None
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """(step, figure), in order."""
+        return [(line["step"], float(line[key])) for line in self.lines if isinstance(line.get(key), (int, float))]
+
+    def keys(self, prefix: str) -> list[str]:
+        """Of figures, without the prefix."""
+        found = dict.fromkeys(key for line in self.lines for key in line if key.startswith(prefix))
+        return [key.removeprefix(prefix) for key in found]
+
+    def recent(self, key: str, num: int = 3) -> float | None:
+        """Median of the last `num` figures; None unless there are two."""
+        values = [value for _, value in self.series(key)][-num:]
+        return statistics.median(values) if len(values) > 1 else None
+
+    def settled(self, key: str) -> float | None:
+        """Median of the last three figures from half of the steps on; None unless there are two."""
+        late = [value for step, value in self.series(key) if step >= LATE * self.steps][-3:]
+        return statistics.median(late) if len(late) > 1 else None
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in self.lines), default=0)
+
+    @property
+    def late(self) -> bool:
+        """Whether half of the steps are done."""
+        return self.step >= LATE * self.steps
