@@ -124,8 +124,9 @@ def test_figures_are_of_what_is_seen(recipe: Recipe) -> None:
 
 
 def test_a_run_ends_with_a_pipeline_that_can_be_measured(tmp_path: Path) -> None:
-    words = ["experiment=shapes_t2i", "trainer.steps=2", "trainer.batch_size=4", "evaluation.metrics=[]", "probe=null"]
+    words = ["experiment=shapes_t2i", "trainer.steps=2", "trainer.batch_size=4", "evaluation=none", "probe=null"]
     diffdistill.train(*words, run_dir=str(tmp_path / "run"))
+    assert not json.loads((tmp_path / "run" / "summary.json").read_text())["student"]
     contract = json.loads((tmp_path / "run" / "pipeline" / "call.json").read_text())
     assert contract["prompts"] == captions() and contract["nfe"] == 1
     found = diffdistill.evaluate(

@@ -102,11 +102,14 @@ class Evaluation:
     def check(self, data: Data) -> None:
         """Refuse metrics that do not exist, do not fit the data or need more samples, before any work."""
         names, reference, features = self.names(data), data.reference(), data.features()
-        check_metrics(names, reference, features, self.num_samples, key="evaluation.metrics")
+        if "peak_memory" in names:
+            fix = "Leave it out: a run tells its own peak in summary.json; diffdistill evaluate measures a sampler's."
+            raise UserError("evaluation.metrics", "must be figures of samples, nfe or latency", "peak_memory", fix)
+        check_metrics(names, reference, features, self.num_samples, classifier=features)
         if self.stop is not None:
             self.stop.check(names)
         if self.every:
-            check_metrics(names, reference, features, self.interim_samples, key="evaluation.metrics")
+            check_metrics(names, reference, features, self.interim_samples, classifier=features)
         for name in names:
             if (lack := shortfall(name, reference)) is not None:
                 raise UserError("evaluation.metrics", f"must fit the data set: {name} needs {lack}", name,
@@ -114,6 +117,15 @@ class Evaluation:
         if self.prdc_space == "features" and features is None and "prdc" in names:
             constraint = f"must be values for {reference.name}, which has no feature network"
             raise UserError("evaluation.prdc_space", constraint, self.prdc_space, "Set it to values.")
+
+
+@dataclass(frozen=True)
+class NoEvaluation(Evaluation):
+    """Nothing is measured, whatever metrics an experiment asks for."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", ())
+        super().__post_init__()
 
 
 def shortfall(name: str, reference: Reference) -> str | None:

@@ -129,3 +129,16 @@ def test_a_large_reference_may_be_asked_for_its_distance() -> None:
 def test_a_space_of_features_is_refused_before_work_where_there_are_none() -> None:
     with pytest.raises(UserError, match=r"evaluation.prdc_space must be values for pictures"):
         replace(JUDGE, prdc_space="features").check(pictures(9))
+
+
+def test_peak_memory_is_refused_where_it_would_not_be_measured() -> None:
+    with pytest.raises(UserError, match=r"evaluation\.metrics must be figures of samples.*got peak_memory"):
+        replace(JUDGE, metrics=("prdc", "peak_memory")).check(Digits())
+
+
+def test_nothing_is_measured_where_that_was_asked_for_whatever_an_experiment_sets() -> None:
+    from diffdistill.config import build, compose
+
+    settings = compose("train", ["experiment=shapes_t2i", "evaluation=none", "run_dir=none"])
+    assert settings.evaluation.metrics  # the experiment's
+    assert build(settings["evaluation"]).metrics == ()
