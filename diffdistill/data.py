@@ -15,7 +15,7 @@ from torch import Tensor
 from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import require_positive
-from diffdistill.evaluation.features import FeatureNetwork, load_features
+from diffdistill.evaluation.features import Classifier, load_features
 from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.exact import check_rows, circle
 from diffdistill.rng import Rng
@@ -69,7 +69,7 @@ class Data(Protocol):
         """The fixed real data that samples are measured against."""
         ...
 
-    def features(self) -> FeatureNetwork | None:
+    def features(self) -> Classifier | None:
         """The feature network its figures are measured with, if it has one."""
         ...
 
@@ -119,7 +119,7 @@ class Digits:
     def reference(self) -> Reference:
         return Reference(self.name, *self._scans)
 
-    def features(self) -> FeatureNetwork:
+    def features(self) -> Classifier:
         return load_features()
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from diffdistill.data import Source, epoch_indices
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError
-from diffdistill.evaluation.features import FeatureNetwork
+from diffdistill.evaluation.features import Classifier
 from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.codec import Codec
 from diffdistill.rng import Rng
@@ -153,7 +153,7 @@ class Latents:
         fix = "Set evaluation=none; evaluate the pipeline against images."
         raise UserError("evaluation", "must be none for latents, which nobody sees", self.name, fix)
 
-    def features(self) -> FeatureNetwork | None:
+    def features(self) -> Classifier | None:
         return None
 
     @cached_property

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -19,19 +19,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from diffdistill.cached_tensors import why_no_folder
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, require_at_least
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.costs import latency_ms, peak_bytes
 from diffdistill.evaluation.metrics import Figures, check_samples, circumstances, figures_of
 from diffdistill.evaluation.protocol import Protocol, require_same
-from diffdistill.evaluation.reference import Known
 from diffdistill.evaluation.rows import Rows
 from diffdistill.evaluation.sources import Files, Source
 from diffdistill.evaluation.spaces import load_space
 from diffdistill.evaluation.statistics_file import Statistics, write_statistics
 from diffdistill.evaluation.store import RowStore
-from diffdistill.measurement_plan import Folders, Measured, Plan, reference_of
+from diffdistill.measurement_plan import Folders, Measured, Plan, Theirs, reference_of
 from diffdistill.pictures import where
+from diffdistill.pipelines import PipelineSampler
 from diffdistill.run_folder import new_file, writing
 from diffdistill.subject import Subject
 
@@ -94,7 +94,7 @@ def evaluate(
 
 
 def _measured(
-    plan: Plan, mine: Measured, theirs: Source | Statistics | None, state: PartialState, work: str | None,
+    plan: Plan, mine: Measured, theirs: Theirs, state: PartialState, work: str | None,
     latency_batches: Sequence[int], statistics: str | None, earlier: Mapping[str, Any] | None, out: str | None,
 ) -> dict[str, Any] | None:  # fmt: skip
     """Fill the rows, in this process and the others; the first one makes figures of them."""
@@ -145,7 +145,7 @@ def _fill(
 
 
 def _concluded(
-    plan: Plan, mine: Measured, theirs: Source | Statistics | None, rows: Mapping[str, Rows],
+    plan: Plan, mine: Measured, theirs: Theirs, rows: Mapping[str, Rows],
     latency_batches: Sequence[int], statistics: str | None, earlier: Mapping[str, Any] | None, out: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Figures, table and file of rows that are whole."""
@@ -163,7 +163,7 @@ def _concluded(
     found |= {"left_out": dict(plan.left_out), "damaged": _damaged(mine, theirs), "protocol": protocol.to_json()}
     if statistics is not None and theirs is not None:
         with writing(statistics, "statistics", _ELSEWHERE):
-            write_statistics(Path(statistics), rows["reference"], cast(Known, theirs), _sha256(theirs), plan.features)
+            write_statistics(Path(statistics), rows["reference"], theirs, plan.features)
     _tell(plan, found, shown)
     if out is not None:
         with writing(out, "out", _ELSEWHERE):
@@ -171,14 +171,10 @@ def _concluded(
     return found
 
 
-def _sha256(theirs: Source | Statistics | None) -> str:
-    """Of the reference."""
-    return "none" if theirs is None else str(getattr(theirs, "sha256"))  # noqa: B009
-
-
-def _protocol(plan: Plan, mine: Measured, theirs: Source | Statistics | None) -> Protocol:
+def _protocol(plan: Plan, mine: Measured, theirs: Theirs) -> Protocol:
+    sha256 = "none" if theirs is None else theirs.sha256
     return circumstances(
-        plan.facts, _sha256(theirs), plan.features, mine.source.size, plan.seed, plan.replicates, plan.prdc_space,
+        plan.facts, sha256, plan.features, mine.source.size, plan.seed, plan.replicates, plan.prdc_space,
         clip_model=None if plan.clip is None else plan.clip.sha256,
     )  # fmt: skip
 
@@ -210,7 +206,8 @@ def _costs(plan: Plan, mine: Measured, batches: Sequence[int]) -> Figures:
 def _held(of: Subject) -> list[Tensor]:
     """The weights that sampling needs in memory."""
     if of.networks is None:
-        parts = getattr(of.sampler, "pipeline").components.values()  # noqa: B009
+        assert isinstance(of.sampler, PipelineSampler)
+        parts = of.sampler.pipeline.components.values()
         return [p for part in parts if isinstance(part, torch.nn.Module) for p in part.parameters()]
     shares = of.networks.modes.get("student") != "copy"
     teacher = list(of.networks.teacher.parameters()) if shares else []
@@ -251,11 +248,9 @@ def _check_numbers(
     num_samples: int | None, seed: int, size: int | None, corrupt_share: float, metrics: tuple[str, ...] | None,
     replicates: int | None, latency_batches: tuple[int, ...], batch_size: int,
 ) -> None:  # fmt: skip
-    least = (("num_samples", num_samples, 1), ("seed", seed, 0), ("size", size, 1), ("replicates", replicates, 0),
-             ("batch_size", batch_size, 1))  # fmt: skip
-    for key, value, smallest in least:
-        if value is not None and value < smallest:
-            raise UserError(key, f"must be >= {smallest}", value, "Raise it.")
+    counts = {"num_samples": num_samples, "size": size, "batch_size": batch_size}
+    require_at_least(1, **{key: value for key, value in counts.items() if value is not None})
+    require_at_least(0, seed=seed, replicates=replicates or 0)
     if not (math.isfinite(corrupt_share) and 0 <= corrupt_share < 1):
         raise UserError("corrupt_share", "must lie in [0, 1)", corrupt_share, "0 refuses any damaged file.")
     if metrics == ():

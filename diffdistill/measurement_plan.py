@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,20 +16,22 @@ from diffdistill.data import Data
 from diffdistill.errors import UserError
 from diffdistill.evaluation import harness
 from diffdistill.evaluation.clip_score import ClipScore, load_clip
-from diffdistill.evaluation.features import FeatureNetwork, WholePictures
+from diffdistill.evaluation.features import Classifier, FeatureNetwork, WholePictures
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.evaluation.metrics import COST, METRICS, Space, check_metrics, shortfall, usual_replicates
 from diffdistill.evaluation.protocol import tensor_sha256
 from diffdistill.evaluation.reference import Known, Reference
 from diffdistill.evaluation.rows import Extract, columns
 from diffdistill.evaluation.sources import Files, Generated, InMemory, Source
+from diffdistill.evaluation.spaces import CleanFid
 from diffdistill.evaluation.statistics_file import Statistics, read_statistics, require_fitting
 from diffdistill.pictures import where
-from diffdistill.pipelines import hashes
+from diffdistill.pipelines import PipelineSampler, hashes
 from diffdistill.saved_run import Choice
 from diffdistill.subject import Subject, subject
 
 GENERATED = 10_000  # samples, where the number was left out
+Theirs = Files | InMemory | Statistics | None  # what samples are measured against
 
 
 @dataclass(frozen=True)
@@ -75,39 +78,30 @@ class Measured:
         of = subject(run, pipeline, data, steps, checkpoint)
         device, dtype = where(of.networks)
         name = run or pipeline or ""
-        source = Generated(
-            name,
-            of.sampler,
-            of.data,
-            num_samples or GENERATED,
-            seed,
-            batch_size,
-            device,
-            dtype,
-            lambda: _weights(of, pipeline),
-        )
+        num = num_samples or GENERATED
+        weights = partial(_weights, of, pipeline)
+        source = Generated(name, of.sampler, of.data, num, seed, batch_size, device, dtype, weights)
         return cls(name, source, of, of.data, device)
 
     def teacher(self) -> Source:
         """The samples of a run's teacher from the same seeds."""
         assert self.of is not None and self.of.recipe is not None
         assert isinstance(self.source, Generated)
-        ours = self.source
-        return Generated(
-            "teacher", self.of.recipe.sampler, ours.data, ours.size, ours.seed, ours.batch_size, ours.device,
-            ours.dtype, ours.weights,
-        )  # fmt: skip
+        return replace(self.source, name="teacher", sampler=self.of.recipe.sampler)
 
-    @property
-    def own_features(self) -> FeatureNetwork | None:
+    @cached_property
+    def own_features(self) -> Classifier | None:
         return None if self.data is None else self.data.features()
 
-    @property
+    @cached_property
     def own_reference(self) -> Reference | None:
-        """Of the data; None for prompts, and for latents whose pictures were not kept."""
-        if self.data is None or not self.data.provides:
+        """Of the data; None for prompts and latents, which say so by refusing."""
+        if self.data is None:
             return None
-        return self.data.reference()
+        try:
+            return self.data.reference()
+        except UserError:
+            return None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -120,14 +114,14 @@ def _weights(of: Subject, pipeline: str | None) -> Mapping[str, Any]:
     """What tells one generator from another."""
     if of.networks is None:
         listed = hashes(Path(str(pipeline))) if Path(str(pipeline)).is_dir() else {"hub": str(pipeline)}
-        call = getattr(of.sampler, "call", {})
-        return {"pipeline": listed, "call": call, "data": of.data.name}
+        assert isinstance(of.sampler, PipelineSampler)
+        return {"pipeline": listed, "call": of.sampler.call, "data": of.data.name}
     roles = [role for role in sorted(of.networks.owned) if of.networks.roles[role].build == "denoiser"]
     weights = [tensor_sha256(*(value for _, value in sorted(of.networks.state(role).items()))) for role in roles]
     return {"weights": weights, "nfe": of.sampler.nfe, "data": of.data.name}
 
 
-def reference_of(path: str | None, mine: Measured, folders: Folders) -> Source | Statistics | None:
+def reference_of(path: str | None, mine: Measured, folders: Folders) -> Theirs:
     """What the samples are measured against, of their own shape; None: nothing."""
     if path is None:
         own = mine.own_reference
@@ -162,7 +156,7 @@ class Plan:
     left_out: Mapping[str, str]
     facts: Known
     features: FeatureNetwork | None
-    classifier: FeatureNetwork | None
+    classifier: Classifier | None
     clip: ClipScore | None
     prdc_space: Space
     seed: int
@@ -171,7 +165,7 @@ class Plan:
 
     @classmethod
     def made(
-        cls, asked: tuple[str, ...] | None, mine: Measured, theirs: Source | Statistics | None,
+        cls, asked: tuple[str, ...] | None, mine: Measured, theirs: Theirs,
         features: FeatureNetwork | None, prdc_space: Space | None, seed: int, replicates: int | None,
         clip: str | None, teacher: bool, saving: bool,
     ) -> Plan:  # fmt: skip
@@ -222,7 +216,8 @@ class Plan:
         return {
             "source": dict(source.identity), "seed": self.seed, "columns": sorted(self.columns(side)),
             "features": None if self.features is None else self.features.sha256,
-            "resize": getattr(self.features, "resize", "none"), "clip": None if self.clip is None else self.clip.sha256,
+            "resize": "none" if self.features is None else self.features.resize,
+            "clip": None if self.clip is None else self.clip.sha256,
         }  # fmt: skip
 
 
@@ -231,7 +226,7 @@ class _Judge:
     """Says of each metric whether it can be measured."""
 
     mine: Measured
-    theirs: Source | Statistics | None
+    theirs: Theirs
     facts: Known
     features: FeatureNetwork | None
     prdc_space: Space
@@ -253,7 +248,7 @@ class _Judge:
             on_features = ("frame_fd",) if self.features is not None else ("frame_fd_pixel",)
             return (*on_features, "motion", *cost), {}
         if self.features is not None:
-            fid = getattr(self.features, "name", "").startswith("inception")
+            fid = isinstance(self.features, CleanFid)
             on_features = ("fid" if fid else "fd", "kid", "prdc") if self.theirs is not None else ("diversity",)
         elif self.theirs is not None:
             on_features = ("swd", "prdc")

@@ -16,7 +16,7 @@ from diffdistill.data import SCANS, Source, digit_scans, uniform_classes
 from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError, require_at_least
-from diffdistill.evaluation.features import FeatureNetwork, load_features
+from diffdistill.evaluation.features import Classifier, load_features
 from diffdistill.evaluation.reference import Reference
 from diffdistill.rng import Rng
 
@@ -94,7 +94,7 @@ class MovingDigits:
         """400 clips with a seed of their own."""
         return _reference(self)
 
-    def features(self) -> FeatureNetwork:
+    def features(self) -> Classifier:
         """Of the scans: what a frame shows is measured on the digit, brought back to the 8 x 8 pixels of a scan."""
         return load_features()
 

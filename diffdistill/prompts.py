@@ -20,7 +20,7 @@ from diffdistill.config_errors import first_line
 from diffdistill.data import Source
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError, require_at_least
-from diffdistill.evaluation.features import FeatureNetwork
+from diffdistill.evaluation.features import Classifier
 from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.codec import Codec
 from diffdistill.rng import Rng
@@ -205,5 +205,5 @@ class ToldPrompts:
         fix = "Set evaluation=none; evaluate the pipeline against images."
         raise UserError("evaluation", "must be none for prompts, which have no images to compare with", self.name, fix)
 
-    def features(self) -> FeatureNetwork | None:
+    def features(self) -> Classifier | None:
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from diffdistill.data import PROCEDURAL, uniform_classes
 from diffdistill.distillers.base import Batch
 from diffdistill.errors import UserError, require_at_least
-from diffdistill.evaluation.features import FeatureNetwork
+from diffdistill.evaluation.features import Classifier
 from diffdistill.evaluation.reference import Reference
 from diffdistill.evaluation.shape_features import load_shape_features
 from diffdistill.prompts import ToldPrompts
@@ -150,6 +150,6 @@ class ToldShapes(ToldPrompts):
         labels = uniform_classes(rng, self.num_classes)["label"]
         return Reference(self.name, render(rng, labels), labels)
 
-    def features(self) -> FeatureNetwork:
+    def features(self) -> Classifier:
         """A classifier of colour, shape and place; its classes are the captions."""
         return load_shape_features()

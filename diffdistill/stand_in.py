@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffdistill.data import Source
 from diffdistill.distillers.base import Batch, Pair, Trajectory
-from diffdistill.evaluation.features import FeatureNetwork
+from diffdistill.evaluation.features import Classifier
 from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.families.stock import Stock
 from diffdistill.rng import Rng
@@ -52,7 +52,7 @@ class StandIn:
     def reference(self) -> Reference:
         raise NotImplementedError("a plan evaluates nothing")
 
-    def features(self) -> FeatureNetwork | None:
+    def features(self) -> Classifier | None:
         return None
 
 

@@ -335,3 +335,33 @@ def test_a_pipeline_may_be_named_by_its_hub_id(run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(DiffusionPipeline, "download", lambda name: asked.append(name) or str(run / "pipeline"))
     assert PipelineSampler.load("some/one-step").nfe == 1
     assert asked == ["some/one-step"]
+
+
+def test_unasked_are_measured_what_the_run_itself_measures(run: Path) -> None:
+    from diffdistill.data import Digits
+    from diffdistill.evaluation.harness import Evaluation
+
+    found = measured(f"run={run}", "num_samples=80", "replicates=2")
+    usual = Evaluation(0, 80, 1, None, 0, 80, 2, "none").names(Digits())
+    assert set(usual) == {"fd_pixel", "fd", "label_agreement", "prdc", "memorised", "latency", "nfe"}
+    figures = {key.removesuffix("_ms") for key in found["figures"] if not key.endswith("_ci")}
+    assert figures == {*usual, "precision", "recall", "density", "coverage"} - {"prdc"}
+
+
+def test_what_has_no_reference_of_its_own_is_measured_against_a_folder(
+    folders: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    from diffdistill.data import Digits
+    from diffdistill.errors import UserError
+
+    def none(self: Digits) -> None:
+        raise UserError("evaluation", "must be none for latents, which nobody sees", "latents", "Leave it out.")
+
+    monkeypatch.setattr(Digits, "reference", none)
+    words = [f"run={run}", "num_samples=80", "metrics=[swd]"]
+    assert measured(*words, f"reference={folders[1]}")["figures"]["swd"] > 0
+    assert "reference must be given for swd" in refusal(capsys, *words)

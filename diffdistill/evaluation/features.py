@@ -28,20 +28,30 @@ PEAK_LR = 2e-3
 
 
 class FeatureNetwork(Protocol):
-    """What the metrics ask of a feature network: its identity, its width, features and class scores."""
+    """What distances ask of a feature network. sha256: of its weights.  dim: of its features.  resize: how pictures
+    become its input, in words."""
 
     sha256: str
     dim: int
+    resize: str
 
-    def features(self, x: Tensor) -> Tensor: ...
+    def features(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] in [-1, 1].  Returns [B, dim]."""
+        ...
 
-    def logits(self, x: Tensor) -> Tensor: ...
+
+class Classifier(FeatureNetwork, Protocol):
+    """A feature network that knows the classes of a data set."""
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x: [B, C, H, W] in [-1, 1].  Returns [B, classes]."""
+        ...
 
 
 class WholePictures(ABC):
     """A feature network for pictures of any kind and size: quantised to 8 bits, as a file holds them, and resized.
 
-    name: as it was asked for.  sha256: of its weights.  dim: of its features.  resize: how its input is made, in words.
+    name: as it was asked for.  The rest as of a FeatureNetwork.
     """
 
     name: str
@@ -53,9 +63,6 @@ class WholePictures(ABC):
     def features(self, x: Tensor) -> Tensor:
         """x: [B, C, H, W] in [-1, 1], C 1 or 3.  Returns [B, dim] float32 on the CPU."""
 
-    def logits(self, x: Tensor) -> Tensor:
-        raise NotImplementedError("a network for pictures of any kind knows no classes of the data")
-
 
 class DigitFeatures(nn.Module):
     """Four convolutions and two linears on 8x8 digits, 80,330 parameters.
@@ -65,6 +72,7 @@ class DigitFeatures(nn.Module):
     """
 
     dim = 64
+    resize = "none"
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -177,7 +185,7 @@ def train(images: Tensor, labels: Tensor) -> DigitFeatures:
     return network.eval().requires_grad_(False)
 
 
-def accuracy(network: FeatureNetwork, images: Tensor, labels: Tensor) -> float:
+def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     """Share of images whose largest logit is their label's."""
     return float((network.logits(images).argmax(1) == labels).double().mean())
 

@@ -13,13 +13,14 @@ from diffdistill.errors import UserError
 
 from . import kid, planar, prdc, sliced, tracking
 from .diversity import diversity
-from .features import FeatureNetwork
+from .features import Classifier, FeatureNetwork
 from .frechet import CONFIDENCE, Moments, bootstrap_interval, frechet_distance, moments
 from .motion import movement_distance
 from .neighbours import memorised
 from .protocol import Protocol, tensor_sha256
 from .reference import Known, Reference
 from .rows import Extract, Rows, columns
+from .spaces import CleanFid
 
 METRICS = (
     "fd_pixel", "fd", "kid", "prdc", "label_agreement", "memorised", "clip_score", "swd", "latency", "nfe",
@@ -44,19 +45,19 @@ def check_metrics(
     features: FeatureNetwork | None,
     num_samples: int,
     *,
-    classifier: FeatureNetwork | None = None,
+    classifier: Classifier | None = None,
     prompts: bool = False,
     key: str = "evaluation.metrics",
 ) -> None:
     """Raise UserError unless every named metric can be measured with num_samples samples against the reference.
 
-    classifier: knows the data's classes, None where `features` does.  prompts: whether samples have prompts.
+    classifier: knows the data's classes.  prompts: whether samples have prompts.
     key: the configuration key that the names came from.
     """
     for name in names:
         if name not in METRICS:
             raise UserError(key, f"must be among {', '.join(METRICS)}", name, "Take a name from that list.")
-        judge = features if name != "label_agreement" else classifier or features
+        judge = classifier if name == "label_agreement" else features
         if (lack := _lack(name, reference, judge, prompts)) is not None:
             raise UserError(key, f"must fit the data set: {name} {lack[0]}", name, lack[1])
         if num_samples < (smallest := smallest_set(name, reference, features)):
@@ -75,7 +76,7 @@ def _lack(name: str, reference: Known, features: FeatureNetwork | None, prompts:
         return "is not for clips", f"Use {', '.join(ON_CLIPS)}."
     if name in (*ON_FEATURES, "label_agreement") and features is None:
         return f"needs a feature network and {of} has none", "Leave it out; fd_pixel and swd need none."
-    if name == "fid" and not str(getattr(features, "name", "")).startswith("inception"):
+    if name == "fid" and not isinstance(features, CleanFid):
         return "is fd on the Inception network", "Set features=inception, or ask for fd."
     if name == "label_agreement" and not reference.labelled:
         return f"needs labels and {of} has none", "Leave it out."
@@ -133,7 +134,7 @@ def measure(
     labels: Tensor | None,
     reference: Reference,
     metrics: Iterable[str],
-    features: FeatureNetwork | None,
+    features: Classifier | None,
     *,
     seed: int,
     replicates: int = REPLICATES,
@@ -150,7 +151,7 @@ def measure(
     Raises UserError as `check_metrics` does, and if a sample is not finite: nothing is replaced by a number.
     """
     names = set(metrics)
-    check_metrics(sorted(names), reference, features, len(samples), key=key)
+    check_metrics(sorted(names), reference, features, len(samples), classifier=features, key=key)
     check_samples(samples, labels, reference, names)
     if prdc_space == "features" and features is None and "prdc" in names:
         raise UserError("evaluation.prdc_space", f"must be values for {reference.name}, which has no feature network",
@@ -282,7 +283,7 @@ def circumstances(
         features=None if features is None else features.sha256,
         num_samples=num_samples,
         seed=seed,
-        resize=getattr(features, "resize", "none"),
+        resize="none" if features is None else features.resize,
         clip=None if len(reference.shape) == 1 else (-1.0, 1.0),
         dtype=dtype,
         statistics_dtype="float64",

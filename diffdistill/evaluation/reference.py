@@ -10,12 +10,9 @@ from torch import Tensor
 from . import planar, tracking
 
 
-class Known(Protocol):
-    """What is known of a reference before a metric is measured against it.
-
-    name: of the set.  shape: of one sample.  size: how many.  labelled: whether it has classes.  law: the density of
-    points, where it is known.  motion: the law of clips, where it is.
-    """
+class Described(Protocol):
+    """A set of samples from outside. name: of the set.  shape: of one sample.  size: how many.  labelled: whether it
+    has classes."""
 
     @property
     def name(self) -> str: ...
@@ -25,6 +22,14 @@ class Known(Protocol):
     def size(self) -> int: ...
     @property
     def labelled(self) -> bool: ...
+
+
+class Known(Described, Protocol):
+    """What is known of a reference before a metric is measured against it.
+
+    law: the density of points, where it is known.  motion: the law of clips, where it is.
+    """
+
     @property
     def law(self) -> planar.Law | None: ...
     @property

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import motion as moving
 from . import sliced, tracking
-from .features import FeatureNetwork, WholePictures
+from .features import Classifier, FeatureNetwork, WholePictures
 
 Rows = Mapping[str, Tensor]  # column -> [N, ...]
 Side = Literal["samples", "reference"]
@@ -66,7 +66,7 @@ class Extract:
 
     columns: frozenset[str]
     features: FeatureNetwork | None = None
-    classifier: FeatureNetwork | None = None
+    classifier: Classifier | None = None
     motion: tracking.Motion | None = None
     prompt_score: PromptScore | None = None
 

@@ -28,6 +28,7 @@ class ShapeFeatures(nn.Module):
     """
 
     dim = 64
+    resize = "none"
 
     def __init__(self, counts: tuple[int, int, int], width: int = 24) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from diffdistill.solvers import Sampler
 
 from .harness import draw
 from .protocol import tensor_sha256
-from .reference import Reference
+from .reference import Described, Reference
 
 READERS = 8  # threads: PIL lets go of the interpreter while it decodes
 
@@ -40,20 +40,9 @@ class Drawn:
     prompts: Sequence[str] | None = None
 
 
-class Source(Protocol):
-    """Samples by number. shape: of one.  size: how many.  labelled, prompted: what comes with them.
+class Source(Described, Protocol):
+    """Samples by number. prompted: whether each comes with a prompt.  identity: all that decides them, JSON values."""
 
-    identity: everything that decides the samples, as JSON values.  sha256: of the whole set, where it lies in files.
-    """
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def size(self) -> int: ...
-    @property
-    def labelled(self) -> bool: ...
     @property
     def prompted(self) -> bool: ...
     @property

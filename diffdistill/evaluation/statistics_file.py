@@ -17,8 +17,8 @@ from diffdistill.errors import UserError
 from diffdistill.hashing import file_sha256
 
 from .features import FeatureNetwork
-from .reference import Known
 from .rows import Rows
+from .sources import Files, InMemory
 
 SCHEMA = "1"
 
@@ -43,13 +43,16 @@ class Statistics:
     motion: None = None
 
 
-def write_statistics(file: Path, rows: Rows, reference: Known, sha256: str, features: FeatureNetwork | None) -> None:
+def write_statistics(
+    file: Path, rows: Rows, reference: Files | InMemory | Statistics, features: FeatureNetwork | None
+) -> None:
     """Write a reference's rows with what they hold under."""
     told = {
-        "schema": SCHEMA, "name": reference.name, "sha256": sha256, "shape": json.dumps(list(reference.shape)),
-        "size": str(reference.size), "labelled": json.dumps(reference.labelled),
+        "schema": SCHEMA, "name": reference.name, "sha256": reference.sha256,
+        "shape": json.dumps(list(reference.shape)), "size": str(reference.size),
+        "labelled": json.dumps(reference.labelled),
         "features": json.dumps(None if features is None else features.sha256),
-        "resize": json.dumps(getattr(features, "resize", "none")),
+        "resize": json.dumps("none" if features is None else features.resize),
     }  # fmt: skip
     aside = file.with_name(f".{file.name}")
     save_file({name: values.contiguous() for name, values in rows.items()}, aside, told)
@@ -106,7 +109,7 @@ def require_fitting(
     if statistics.features is not None and "features" in columns and features is not None:
         for field, theirs, ours in (
             ("features", statistics.features, features.sha256),
-            ("resize", statistics.resize, getattr(features, "resize", "none")),
+            ("resize", statistics.resize, features.resize),
         ):
             if theirs != ours:
                 fix = "Make the statistics anew with these features, or use the network they are of."

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .features import FeatureNetwork
+from .features import Classifier
 
 SCAN = 8  # side of what the feature network takes, pixels
 FAINT = 0.1  # share of full brightness below which a pixel counts as background
@@ -83,7 +83,7 @@ def velocity_errors(clips: Tensor, labels: Tensor, motion: Motion) -> Tensor:
 
 
 @torch.no_grad()
-def shown_agreements(clips: Tensor, labels: Tensor, motion: Motion, features: FeatureNetwork) -> Tensor:
+def shown_agreements(clips: Tensor, labels: Tensor, motion: Motion, features: Classifier) -> Tensor:
     """Per clip [B]: 1 where its frames, taken together, show the digit it was asked for."""
     scores = features.logits(windows(clips, motion.side)).log_softmax(1).view(len(clips), -1, 10).mean(1)
     return (scores.argmax(1) == motion.shown(labels)).double()

@@ -120,7 +120,7 @@ def test_metrics_on_features_are_refused_without_a_network(digits, name):
 def test_what_the_data_set_lacks_is_refused(digits, features):
     unlabelled = Reference("unlabelled", digits.data, None)
     with pytest.raises(UserError, match="label_agreement needs labels and unlabelled has none"):
-        check_metrics(["label_agreement"], unlabelled, features, 10_000)
+        check_metrics(["label_agreement"], unlabelled, features, 10_000, classifier=features)
     with pytest.raises(UserError, match="clip_score needs prompts and digits has none"):
         check_metrics(["clip_score"], digits, features, 10_000)
     with pytest.raises(UserError, match="labels must be one class per sample"):
