@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _STATUS = """exit status:
   0  done
-  1  a measured floor was missed
+  1  a measured floor was missed, or a run is not well
   2  a mistake in what was asked for, told in one message
   3  the machine was too noisy to tell"""
 

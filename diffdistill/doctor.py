@@ -118,12 +118,13 @@ def run_health(run: str) -> Report:
         every = OmegaConf.select(settings, "health.every", default=None)
         why = "its health was not measured" if every is None else f"nothing was measured before step {every}"
         console.print(f"what follows is little: {why}", soft_wrap=True, highlight=False)
-    table = Table("sign", "verdict", "found", "figure", "threshold", "try first")
+    advice = ["try first"] if report.alarms else []  # else the others have its room
+    table = Table("sign", "verdict", "found", "figure", "threshold", *advice)
     for verdict in report.verdicts:
         figures = ["" if value is None else f"{value:.3g}" for value in (verdict.figure, verdict.threshold)]
         since = "" if verdict.step is None else f" since step {verdict.step}"
         shown = {"well": "well", "alarm": f"[bold red]alarm{since}[/]", "unknown": "not judged"}[verdict.state]
-        table.add_row(verdict.name, shown, escape(verdict.words), *figures, escape(verdict.fix))
+        table.add_row(verdict.name, shown, escape(verdict.words), *figures, *([escape(verdict.fix)] if advice else []))
     console.print(table)
     judged = sum(verdict.state != "unknown" for verdict in report.verdicts)
     told = (
