@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -9,11 +10,11 @@ from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from diffdistill import checkpoint
+from diffdistill import activity, checkpoint, logs, stacks
+from diffdistill.activity import during
 from diffdistill.checkpoint import Checkpoint
 from diffdistill.errors import Stopped
 from diffdistill.evaluation import factors, harness
@@ -24,14 +25,18 @@ from diffdistill.evaluation.health import judge, now
 from diffdistill.evaluation.vitals import Health, Vitals
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
+from diffdistill.finite import spoilt
 from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
 from diffdistill.recipe import Recipe
 from diffdistill.run_folder import RunFolder, writing
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
+from diffdistill.throughput import Meter
 from diffdistill.trainer import NonFiniteError, Progress, Trainer
 from diffdistill.training_state import TrainingState
+from diffdistill.watchdog import Watchdog
 
+log = logging.getLogger(__name__)
 SCHEMA = 1  # of summary.json
 
 
@@ -48,12 +53,14 @@ class Run:
         teacher_figures: dict[str, Any],
         made: Mapping[str, Any] | None = None,
         health: Health | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
         self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
         self.health, self.alarms = health, dict[str, Verdict]()
         self.enough: Reason | None = None  # why training ended before its steps were over
-        self.console = Console()
+        self.watchdog = watchdog or Watchdog(None)
+        self.console = logs.console()
 
     def execute(self, accelerator: Accelerator, start: Checkpoint | None) -> dict[str, Any]:
         """Train from `start`, or from the beginning, then evaluate, export and print the summary.
@@ -68,10 +75,12 @@ class Run:
         signal = StopSignal()
         with signal.watching(), writing(self.folder.path):
             self._open(state.step)
+            activity.ended(state.step)
             try:
-                self._train(state, accelerator, signal)
-                with signal.at_once():
-                    return self._conclude(state)
+                with stacks.into(self.folder.path) as dump, self.watchdog.watching(dump):
+                    self._train(state, accelerator, signal)
+                    with signal.at_once():
+                        return self._conclude(state)
             except StopRequested:
                 assert signal.signal is not None
                 done = self.trainer.ended(state) or self.enough is not None
@@ -92,9 +101,11 @@ class Run:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Bar(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task("training", total=self.trainer.steps, completed=state.step)
+            samples = self.trainer.batch_size * self.trainer.accumulate * logs.world()
+            meter = Meter(samples, state.step, state.seconds)
 
             def log(step: int, figures: Mapping[str, float]) -> None:
-                self.folder.add_metrics(step, figures)
+                self.folder.add_metrics(step, {**figures, **meter.figures(step, state.seconds)})
                 shown = [f"{k} {v:.3g}" for k, v in figures.items() if "/" in k and not k.startswith(("lr", "time"))]
                 bar.update(task, completed=step, description="  ".join(shown[:3]))
 
@@ -108,11 +119,17 @@ class Run:
             def stop() -> bool:
                 return signal.requested or self.enough is not None
 
-            progress = Progress(log, lambda step: self._save(state), evaluate, stop)
+            progress = Progress(log, lambda step: self._save(state), evaluate, stop, after=activity.ended)
             if self.health is not None:
                 vitals = Vitals(self.health, recipe, self.trainer.batch_size, accelerator.autocast)
                 progress.before = lambda step: vitals.before(state)
-                progress.after = lambda step: self._watch(vitals, state)
+
+                def after(step: int) -> None:
+                    activity.ended(step)
+                    with during("health"):
+                        self._watch(vitals, state)
+
+                progress.after = after
             every = self.evaluation.every if self.evaluation else 0
             owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
             if owed and not self.folder.was_evaluated(state.step):  # a signal had cut it short
@@ -134,13 +151,17 @@ class Run:
         for path in [self.folder.path / "pipeline", *self.folder.path.glob(".pipeline-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
+    @during("save")
     def _save(self, state: TrainingState) -> None:
+        if (found := spoilt(state.networks, state.optimizers)) is not None:  # it would be taken up by resume
+            raise NonFiniteError(*found, state.step)
         metrics = self.folder.path / "metrics.jsonl"
         if metrics.is_file():  # the lines up to here belong to the checkpoint
             with metrics.open() as file:
                 os.fsync(file.fileno())
         folder = self.folder.checkpoints
         checkpoint.commit(folder, state.step, state.tensors(), state.values())
+        log.debug(f"saved the checkpoint of step {state.step}")
         metric = None if self.evaluation is None else self.evaluation.stop_metric
         checkpoint.prune(folder, self.trainer.keep, self.folder.best_step(metric))
 
@@ -162,6 +183,7 @@ class Run:
                 text = f"alarm at step {state.step}: {verdict.line}"
                 self.console.print(text, soft_wrap=True, highlight=False, style="bold red")
 
+    @during("evaluate")
     def _evaluate_interim(self, step: int) -> None:
         assert self.evaluation is not None
         with self.recipe.networks.averaged():
@@ -186,7 +208,7 @@ class Run:
     def _conclude(self, state: TrainingState) -> dict[str, Any]:
         recipe = self.recipe
         summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}
-        with recipe.networks.averaged():
+        with recipe.networks.averaged(), during("evaluate"):
             self._picture(state.step)
             if self.evaluation is not None:
                 self.console.print(f"evaluating on {self.evaluation.num_samples} samples ...")
@@ -199,7 +221,8 @@ class Run:
                     summary["factors"] = factors.report(recipe, self.evaluation, summary, self.folder.path)["factors"]
             reason = refusal(recipe)
             if reason is None:
-                write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
+                with during("export"):
+                    write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
             else:
                 self.console.print(f"no pipeline was written: {reason}", soft_wrap=True)
         summary |= {

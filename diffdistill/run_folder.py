@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,11 +25,12 @@ from diffdistill.evaluation.early_stop import loss_of
 SCHEMA = 2  # of config.yaml; 1 had no key `schema`, no warm start, no stages
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EROFS: "it is read-only"}
 _FULL |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
+_FULL |= {errno.EFBIG: "a file would be larger than is allowed here"}
 
 
 def say(text: str) -> None:
     """Tell on stderr what the user must not miss."""
-    print(f"warning: {text}", file=sys.stderr)
+    logging.getLogger(__name__).warning(text)
 
 
 GO_ON = "What was committed before stands: make room, then go on with resume=true."
@@ -125,6 +126,8 @@ class RunFolder:
             settings = OmegaConf.load(self.config_file)
             if not isinstance(settings, DictConfig):
                 raise ValueError("it holds no mapping")
+            if "${" in self.config_file.read_text():  # a run writes none; one could fetch what is in the environment
+                raise ValueError("It holds an interpolation ${...}, which no run writes.")
             schema = settings.pop("schema", 1)
         except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
             first = " ".join(str(error).split())[:200]

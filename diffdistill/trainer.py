@@ -14,9 +14,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffdistill.activity import during
 from diffdistill.data import Data
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, Transition
 from diffdistill.errors import UserError, require_at_least
+from diffdistill.finite import DATA, culprit
 from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
@@ -62,12 +64,11 @@ class NonFiniteError(UserError):
     """A loss or gradient is nan or inf: the run stops and says where."""
 
     def __init__(self, role: str, tensor: str, step: int) -> None:
-        super().__init__(
-            f"{role}: {tensor}",
-            f"must be finite, at step {step}",
-            "nan or inf",
-            "Lower its lr in trainer.optimizer, or set trainer.clip; nothing was zeroed, older checkpoints stand.",
-        )
+        todo = "Lower its lr in trainer.optimizer, or set trainer.clip"
+        if role == DATA:
+            todo = "Mend the data, or leave that sample out"
+        fix = f"{todo}; nothing was zeroed, older checkpoints stand."
+        super().__init__(f"{role}: {tensor}", f"must be finite, at step {step}", "nan or inf", fix)
 
 
 def _never() -> bool:
@@ -197,11 +198,12 @@ class Trainer:
     ) -> dict[str, float]:
         """One step; its figures if it is one to log. counter: entered around the phases."""
         step, networks = state.step, state.networks
-        batches = self.batches(data, needs, networks, step)
+        with during("data"):
+            batches = self.batches(data, needs, networks, step)
         figures: dict[str, float] = {}
         logged = (step + 1) % self.log_every == 0
         for phase in state.distiller.phases(step):
-            with counter:
+            with during(f"phase {phase.name}"), counter:
                 losses, norms = self.update(phase, batches, step, networks, state.optimizers, accelerator)
             if logged:
                 figures |= _figures(phase, losses) | {f"grad_norm/{role}": float(n) for role, n in norms.items()}
@@ -248,7 +250,8 @@ class Trainer:
             total = loss.total
             if not torch.isfinite(total):
                 bad = [name for name, term in loss.terms.items() if not torch.isfinite(term)]
-                raise NonFiniteError(", ".join(phase.trains), f"loss {phase.name}/{bad[0] if bad else 'total'}", step)
+                term = (", ".join(phase.trains), f"loss {phase.name}/{bad[0] if bad else 'total'}")
+                raise NonFiniteError(*(culprit(batch, networks, optimizers) or term), step)
             accelerator.backward(total / len(batches))
             losses.append(Loss({k: v.detach() for k, v in loss.terms.items()}, loss.stats))
         norms = {role: self.step(role, step, networks, optimizers[role]) for role in phase.trains}
