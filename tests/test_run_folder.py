@@ -146,9 +146,7 @@ def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
                 continue
             finally:
                 path.write_bytes(original)
-            # only the manifest's own white space and schema are not hashed
-            assert path.name == checkpoint.MANIFEST, (path.name, place)
-            assert torch.equal(found.tensors("student")["w"], load_file(folder / "student.safetensors")["w"])
+            pytest.fail(f"byte {place} of {path.name} was taken: {found}")
 
 
 @pytest.mark.parametrize(
