@@ -11,10 +11,12 @@ Strings are overrides as the command line writes them, keywords are keys. A mist
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import ModuleType
 from typing import Any
 
+from . import logs
 from .errors import UserError
 
 __all__ = ["UserError", "compare", "distill", "doctor", "evaluate", "export", "precompute", "sample", "train"]
@@ -73,6 +75,8 @@ def _verb(name: str, overrides: tuple[str, ...], keys: dict[str, Any]) -> Any:
     from .cli import VERBS, function_of  # torch, Hydra and diffusers are loaded by the first call
     from .config import call, compose, override
 
+    if not logging.getLogger().handlers:  # else the caller has a way of its own
+        logs.begin()
     verb = VERBS[name]
     words = [*overrides, *(override(key, value) for key, value in keys.items())]
     return call(compose(verb.config, words), function_of(verb))

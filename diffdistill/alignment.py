@@ -133,7 +133,7 @@ def _load(path: str) -> _Clip:
             model, report = CLIPModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
             if not has(*_TOKENS):  # transformers would go on with a vocabulary of three words
                 raise OSError("it holds no tokenizer")
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             processor = CLIPImageProcessor.from_pretrained(path) if has(*_PREPROCESSING) else None
     except Exception as error:  # of many classes: of the hub, safetensors, torch and transformers
         reason = short(" ".join(str(error).split()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +14,10 @@ from typing import Protocol
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, refuse_url
 from diffdistill.image_folder import images_below
 from diffdistill.prompts import COLUMNS
+from diffdistill.tar_shards import entries
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # of the datasets library's image folders: file_name and a caption
 
@@ -46,6 +46,7 @@ def captioned(path: str, column: str | None) -> Captioned:
     first of prompt, text, caption.
     Raises UserError where there are no images, or one has no caption.
     """
+    refuse_url("path", path)
     place = Path(path).expanduser()
     shards = [place] if place.suffix == ".tar" and place.is_file() else sorted(place.glob("*.tar"))
     if not shards and not place.is_dir():
@@ -192,17 +193,11 @@ class Shards:
 
 def _grouped(file: Path) -> dict[str, dict[str, tuple[int, int]]]:
     found: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(file, "r:") as archive:
-            for member in archive:
-                folder, _, base = member.name.rpartition("/")
-                key, dot, end = base.partition(".")
-                if member.isfile() and dot and key:
-                    found.setdefault(f"{folder}/{key}" if folder else key, {})[end.lower()] = (
-                        member.offset_data, member.size,
-                    )  # fmt: skip
-    except (OSError, tarfile.TarError) as error:
-        raise UserError("path", "must hold tar shards that can be read", str(file), str(error)) from error
+    for member in entries(file, "path"):
+        folder, _, base = member.name.rpartition("/")
+        key, dot, end = base.partition(".")
+        if dot and key:
+            found.setdefault(f"{folder}/{key}" if folder else key, {})[end.lower()] = (member.offset_data, member.size)
     return found
 
 

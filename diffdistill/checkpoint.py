@@ -65,7 +65,7 @@ def commit(folder: Path, step: int, tensors: Tensors, values: Mapping[str, Any])
     and the older ones stand.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{step:08d}"
+    target = folder / _name(step)
     aside = folder / f"{_ASIDE}{target.name}"
     shutil.rmtree(aside, ignore_errors=True)
     try:
@@ -91,7 +91,7 @@ def _write(aside: Path, tensors: Tensors, values: Mapping[str, Any]) -> None:
     files = {path.name: _fingerprint(path) for path in sorted(aside.iterdir())}
     for name in files:
         _sync(aside / name)
-    (aside / MANIFEST).write_text(json.dumps({"schema": SCHEMA, "files": files, "sha256": _digest(files)}, indent=1))
+    (aside / MANIFEST).write_text(_manifest(SCHEMA, files))
     _sync(aside / MANIFEST)
     _sync(aside)
 
@@ -99,7 +99,7 @@ def _write(aside: Path, tensors: Tensors, values: Mapping[str, Any]) -> None:
 def prune(folder: Path, last: int, best: int | None) -> None:
     """Remove all but the `last` newest checkpoints and the one of step `best`."""
     for path in steps(folder)[:-last]:
-        if best is None or path.name != f"step-{best:08d}":
+        if best is None or path.name != _name(best):
             _remove(path)
 
 
@@ -160,8 +160,10 @@ def verified(path: Path, skip: tuple[str, ...] = ()) -> Checkpoint:
         return Checkpoint(path, values)
     manifest = _json(path / MANIFEST)
     files = manifest.get("files")
-    if not isinstance(files, dict) or manifest.get("sha256") != _digest(files):
+    if not isinstance(files, dict) or (path / MANIFEST).read_text() != _manifest(schema, files):
         raise DamagedError(f"{MANIFEST} was changed")
+    if path.name.startswith("step-") and path.name != _name(values["step"]):
+        raise DamagedError(f"it is of step {values['step']}")
     for name, expected in files.items():
         if not name.startswith(skip):
             if not (path / name).is_file():
@@ -185,6 +187,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _manifest(schema: int, files: Mapping[str, Any]) -> str:
+    return json.dumps({"schema": schema, "files": files, "sha256": _digest(files)}, indent=1)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _digest(files: Mapping[str, Any]) -> str:

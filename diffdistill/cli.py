@@ -124,16 +124,29 @@ _WITH_CFG = ("--resolve", "--package")
 
 
 def entry() -> None:
-    """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    """The console script. What ends it as a defect is printed without secrets."""
+    try:
+        status = main(sys.argv[1:])
+    except Exception:
+        import traceback
+
+        from .redaction import redacted
+
+        print(redacted(traceback.format_exc()), file=sys.stderr, end="")
+        status = 1
+    sys.exit(status)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run one command line; returns the exit status."""
+    from . import logs, stacks
     from .errors import Stopped
 
     try:
-        return _dispatch(list(argv))
+        words, level = _log_level(argv)
+        logs.begin(level)
+        stacks.to_stderr()
+        return _dispatch(words)
     except Stopped as stopped:
         return stopped.status
     except KeyboardInterrupt:
@@ -144,12 +157,18 @@ def main(argv: Sequence[str]) -> int:
             raise
         _say("error: " + " ".join(str(error).split()))  # one line, whatever was quoted in it
         return 2
+    except RuntimeError as error:
+        if not logs.lost_process(error):
+            raise
+        return logs.tell_lost(error)
 
 
 def _say(text: str) -> None:
-    """Print to stderr, once when several processes run the same command."""
+    """Print to stderr, without secrets, once when several processes run the same command."""
+    from .redaction import redacted
+
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(redacted(text), file=sys.stderr)
 
 
 def _caused_by_user(error: ValueError) -> bool:
@@ -162,6 +181,23 @@ def _caused_by_user(error: ValueError) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and Path(__file__).parent in Path(trace.tb_frame.f_code.co_filename).parents
+
+
+def _log_level(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The words without --log-level, which may stand before or after the verb, and its value."""
+    from .logs import LEVELS, OPTION
+
+    others: list[str] = []
+    level = None
+    remaining = iter(argv)
+    for word in remaining:
+        name, equals, value = word.partition("=")
+        if name == OPTION:
+            level = value if equals else next(remaining, "")
+            _check_option(OPTION, level, LEVELS)
+        else:
+            others.append(word)
+    return others, level
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -225,7 +261,7 @@ def _options_and_overrides(words: list[str]) -> tuple[dict[str, str], list[str]]
         if not word.startswith("-"):
             overrides.append(word)
         elif name not in _OPTIONS:
-            raise _mistake("the option", "must be one that exists", repr(word), list(_OPTIONS))
+            raise _mistake("the option", "must be one that exists", repr(word), [*_OPTIONS, "--log-level"])
         elif _OPTIONS[name] is None:
             if equals:
                 raise _mistake(name, "must stand alone", repr(value), f"Write {name}.")

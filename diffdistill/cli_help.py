@@ -25,7 +25,10 @@ _OVERRIDES = """overrides:
   key=value             set a key; lists as 'key=[a,b]', nothing as key=null
   group=name            choose a file of a group, for example distiller=dmd2
   --multirun key=a,b    run once per value
-  --cfg job             print the composed configuration and stop"""
+  --cfg job             print the composed configuration and stop
+
+options of every verb, before or after it:
+  --log-level LEVEL     debug, info, warning or error: what is told beside results (info)"""
 
 
 def version() -> str:

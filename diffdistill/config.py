@@ -17,11 +17,11 @@ from typing import Any
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from . import config_files
+from . import config_files, redaction
 from .config_check import NODE_WORDS, check, is_node, locate
 from .config_errors import explain
 from .config_types import arms, convert, dot, parameters, short, show
-from .errors import UserError
+from .errors import UserError, refuse_url
 
 # The keys of the verbs' own files that name a file or folder.
 PATHS = ("run_dir", "run", "pipeline", "out", "merge")
@@ -56,8 +56,9 @@ def prepared(verb: str, overrides: Sequence[str]) -> list[str]:
 
     Those of the form roles.ROLE=... may add their key. A bare `train` is the default experiment; where data, networks
     or distiller are chosen without an experiment, its settings would be another recipe's: experiment=none.
-    Raises UserError for settings of Hydra's own: some of them name places to write to.
+    Raises UserError for settings of Hydra's own: some of them name places to write to; and for secrets.
     """
+    redaction.refuse(overrides)
     for text in overrides:
         if found := re.match(r"[~+]*(hydra(?:[./@][^=]*)?)(?:=(.*))?$", text, re.DOTALL):
             fix = "Leave it out: --multirun sweeps, --config-dir adds files, run_dir names where a run writes."
@@ -114,6 +115,7 @@ def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
         words = [word for word in hydra_node.overrides.task if not word.startswith(("run_dir=", "dry_run=", "resume="))]
         cfg.command = " ".join(words)
     OmegaConf.resolve(cfg)
+    redaction.refuse_in(OmegaConf.to_container(cfg))
     for key in PATHS:
         if isinstance(cfg.get(key), str):
             _check_path(key, cfg[key])
@@ -121,9 +123,10 @@ def resolved(cfg: DictConfig, hydra_node: DictConfig) -> DictConfig:
 
 
 def _check_path(key: str, path: str) -> None:
-    """Refuse what no file system takes for the name of a file or folder."""
+    """Refuse what no file system takes for the name of a file or folder, and URLs."""
     if not path.strip():
         raise UserError(key, "must name a file or folder", show(path), f"Write {key}=NAME.")
+    refuse_url(key, path)
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -30,7 +30,19 @@ from .config_types import (
 )
 from .errors import UserError
 
+# What a configuration may call: our own, and classes of these packages.
 ALLOWED = ("diffdistill.", "torch.optim.", "torch.nn.", "diffusers.", "torchvision.transforms.")
+_OF_OTHERS = ("torch.", "diffusers.", "torchvision.")
+# Of our own these run verbs, compose configurations or start processes: they would reach beyond the list.
+_OF_THE_PROGRAM = tuple(
+    f"diffdistill.{name}."
+    for name in (
+        "cli", "cli_run", "cli_help", "config", "config_check", "config_files", "config_errors", "config_types",
+        "launch", "verbs", "distill", "compare", "planner", "doctor", "bench", "measurement", "precompute",
+        "export_check", "kernels.attention.build", "kernels.attention.bench_threads",
+        "kernels.attention.triton_kernels.evidence", "__main__",
+    )
+)  # fmt: skip
 NODE_WORDS = ("_target_", "_partial_")
 
 
@@ -68,6 +80,12 @@ def locate(target: Any, key: str) -> Callable[..., Any]:
         packages = ", ".join(prefix[:-1] for prefix in ALLOWED)
         fix = "Name a class or function of these packages in full."
         raise UserError(key, f"must be a class or function defined inside {packages}", show(target), fix)
+    inside = f"{found.__module__}."
+    if (inside.startswith(_OF_OTHERS) and not isinstance(found, type)) or inside.startswith(_OF_THE_PROGRAM):
+        fix = "Name a class, or a function of this package that builds something."
+        raise UserError(
+            key, "must build a part of a run: a foreign function, or a verb, may run code", show(target), fix
+        )
     return found
 
 

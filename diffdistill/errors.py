@@ -40,6 +40,17 @@ class Stopped(BaseException):
         self.status = status
 
 
+def refuse_url(key: str, path: str) -> None:
+    """Refuse a URL where a path of this machine is read or written: its `//` would silently name a local folder."""
+    scheme, mark, rest = path.partition("://")
+    if not mark or not scheme.replace("+", "").replace("-", "").isalnum():
+        return
+    fix = (
+        f"Write {rest}." if scheme in ("file", "local") else "Mount it (rclone mount, s3fs, gcsfuse), or copy it here."
+    )
+    raise UserError(key, "must be a path of this machine, not a URL", path, fix)
+
+
 def require_positive(**values: float) -> None:
     """Refuse the first of the named numbers that is not finite and > 0."""
     for key, value in values.items():

@@ -35,9 +35,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 folder, out, inputs, kind, base = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4], sys.argv[5]
 torch.set_num_threads(1)
-pipeline = DiffusionPipeline.from_pretrained(base or folder)
+pipeline = DiffusionPipeline.from_pretrained(base or folder, use_safetensors=True)
 if base:
-    pipeline.load_lora_weights(folder)
+    pipeline.load_lora_weights(folder, use_safetensors=True)
     name = json.load(open(folder + "/scheduler/scheduler_config.json"))["_class_name"]
     pipeline.scheduler = getattr(diffusers, name).from_pretrained(folder, subfolder="scheduler")
 pipeline.set_progress_bar_config(disable=True)

@@ -63,7 +63,8 @@ def write(
     source = str(settings["networks"]["path"])
     restore_attention(network.model)
     with quiet_libraries():
-        pipeline = DiffusionPipeline.from_pretrained(str(whole_folder(source, ("*",))), **{network.part: network.model})
+        place, student = str(whole_folder(source, ("*",))), {network.part: network.model}
+        pipeline = DiffusionPipeline.from_pretrained(place, use_safetensors=True, **student)
     steps = stepped(network, generator, source)
     pipeline.register_modules(scheduler=steps.scheduler)
     with quiet_libraries():

@@ -103,7 +103,9 @@ def write_parts(network: Wan, sampler: Sampler, folder: Path, settings: Mapping[
     else:
         scheduler = flow_scheduler(times)
         with quiet_libraries():
-            pipeline = WanPipeline.from_pretrained(str(resolve(path)), transformer=transformer, scheduler=scheduler)
+            pipeline = WanPipeline.from_pretrained(
+                str(resolve(path)), use_safetensors=True, transformer=transformer, scheduler=scheduler
+            )
     with quiet_libraries():
         pipeline.save_pretrained(folder)
     if path is None:
@@ -128,7 +130,7 @@ def masked(settings: Mapping[str, Any], folder: Path) -> Any:
     from diffusers import WanPipeline
 
     with quiet_libraries():
-        pipeline = WanPipeline.from_pretrained(folder)
+        pipeline = WanPipeline.from_pretrained(folder, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     set_attention(pipeline.transformer, build(settings["attention"]["student"]), roles=None)
     return pipeline

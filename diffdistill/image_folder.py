@@ -20,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from diffdistill.data import Source, epoch_indices, uniform_classes
 from diffdistill.denoiser import Cond
 from diffdistill.distillers.base import Batch
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, refuse_url
 from diffdistill.evaluation.reference import Reference
 from diffdistill.rng import Rng
 
@@ -254,6 +254,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _folder(path: str, key: str = "data.path") -> Path:
+    refuse_url(key, path)
     # os.path answers False and leaves ~nobody where pathlib raises
     folder = Path(os.path.expanduser(path))
     if not path or not os.path.isdir(folder):

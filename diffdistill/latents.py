@@ -2,7 +2,8 @@
 
 A folder holds `*.tar`, whose members `<key>.safetensors` are one sample each: `latent` [*shape], scaled as the model
 noises it, and `cond.<name>` for each condition, with the caption as metadata; all samples of a shard have one form, and
-shards of another size are another bucket. `null.safetensors` has the null condition by name, batch 1, where there is
+shards of another size are another bucket. Metadata `crc32` is of the whole member but itself; it is compared where it
+is there. `null.safetensors` has the null condition by name, batch 1, where there is
 one; `latents.json`: {"schema": 1, "pipeline": where VAE and encoders came from, "vae": hash of the VAE, or null}.
 """
 
@@ -13,6 +14,7 @@ import io
 import itertools
 import json
 import tarfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,15 +28,16 @@ from torch import Tensor
 
 from diffdistill.data import Source, epoch_indices
 from diffdistill.distillers.base import Batch
-from diffdistill.errors import UserError
+from diffdistill.errors import UserError, refuse_url
 from diffdistill.evaluation.features import Classifier
 from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.codec import Codec
 from diffdistill.rng import Rng
+from diffdistill.tar_shards import entries
 
 SCHEMA = 1
 CARD, NULL = "latents.json", "null.safetensors"
-LATENT, COND, CAPTION = "latent", "cond.", "caption"
+LATENT, COND, CAPTION, CHECKSUM = "latent", "cond.", "caption", "crc32"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Latents:
     provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
 
     def __post_init__(self) -> None:
+        refuse_url("data.path", self.path)
         if self.num_classes < 0:
             raise UserError("data.num_classes", "must be >= 0", self.num_classes, "0 is none.")
         if missing := missing_chunks(Path(self.path), self._card):
@@ -204,15 +208,18 @@ class Latents:
     def _read(self, index: int) -> dict[str, Tensor]:
         shard, name, *_ = self._members[index]
         try:
-            return load(self._bytes(index))
-        except SafetensorError as error:
-            fix = "Make this shard again."
+            body = self._bytes(index)
+            header, values = _parts(body)
+            expected = (header.get("__metadata__") or {}).get(CHECKSUM)
+            if expected is not None and expected != _checksum(header, values):
+                raise SafetensorError("its checksum differs")
+            return load(body)
+        except (SafetensorError, ValueError, AttributeError) as error:
+            fix = "It is damaged: make this shard again."
             raise UserError("data.path", "must hold samples that can be read", f"{shard}:{name}", fix) from error
 
     def _caption(self, index: int) -> str | None:
-        body = self._bytes(index)
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
-        return header.get("__metadata__", {}).get(CAPTION)
+        return _parts(self._bytes(index))[0].get("__metadata__", {}).get(CAPTION)
 
     def _stacked(self, chosen: list[int], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and conditions of samples, batch first; all have to be of their shard's form."""
@@ -244,13 +251,28 @@ class Latents:
 
 
 def _members_of(shard: Path) -> Iterator[tuple[str, int, int]]:
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if member.isfile() and member.name.endswith(".safetensors"):
-                    yield member.name, member.offset_data, member.size
-    except tarfile.TarError as error:
-        raise UserError("data.path", "must hold tar shards that can be read", str(shard), str(error)) from error
+    for member in entries(shard, "data.path"):
+        if member.name.endswith(".safetensors"):
+            yield member.name, member.offset_data, member.size
+
+
+def _body(named: dict[str, Tensor], caption: str | None) -> bytes:
+    """One sample as a safetensors file with its checksum."""
+    metadata = {} if caption is None else {CAPTION: caption}
+    plain = save(named, metadata or None)
+    return save(named, {**metadata, CHECKSUM: _checksum(*_parts(plain))})
+
+
+def _parts(body: bytes) -> tuple[dict[str, Any], bytes]:
+    """Header and values of a safetensors file. Raises ValueError for what is none."""
+    end = 8 + int.from_bytes(body[:8], "little")
+    return json.loads(body[8:end]), body[end:]
+
+
+def _checksum(header: dict[str, Any], values: bytes) -> str:
+    metadata = {key: value for key, value in (header.get("__metadata__") or {}).items() if key != CHECKSUM}
+    told = json.dumps([{**header, "__metadata__": metadata}], sort_keys=True).encode()
+    return str(zlib.crc32(values, zlib.crc32(told)))
 
 
 def write_shard(
@@ -261,8 +283,7 @@ def write_shard(
     with tarfile.open(aside, "w", format=tarfile.USTAR_FORMAT) as archive:
         for i, (name, caption) in enumerate(zip(names, captions, strict=True)):
             named = {LATENT: latents[i], **{f"{COND}{key}": value[i] for key, value in cond.items()}}
-            metadata = None if caption is None else {CAPTION: caption}
-            body = save({key: value.contiguous() for key, value in named.items()}, metadata)
+            body = _body({key: value.contiguous() for key, value in named.items()}, caption)
             entry = tarfile.TarInfo(f"{name}.safetensors")
             entry.size = len(body)
             archive.addfile(entry, io.BytesIO(body))

@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
-from diffdistill import checkpoint, ranks
+from diffdistill import checkpoint, logs, ranks
 from diffdistill.cached_tensors import Source, sources
 from diffdistill.config import build, compose
 from diffdistill.config_types import dot, show
@@ -36,14 +35,16 @@ from diffdistill.saved_run import load_run
 from diffdistill.stages import Part, parts
 from diffdistill.trainer import Trainer
 from diffdistill.warm_start import warm_start
+from diffdistill.watchdog import Watchdog
 
-# What may differ when a run goes on: where it lies and how often it saves, not what it computes.
-_FREE = ("trainer.checkpoint_every", "trainer.keep")
+# What may differ when a run goes on: where it lies, how often it saves and who looks on, not what it computes.
+_FREE = ("trainer.checkpoint_every", "trainer.keep", "watchdog", "watchdog.seconds", "watchdog.exit_status")
 # How the same samples are spread over processes: a checkpoint fits any, `_check_global_batch` sees that they are those.
 _SPREAD = ("trainer.batch_size", "trainer.accumulate", "parallel.mesh", "parallel.shard_size", "parallel.backend",
            "parallel.timeout")  # fmt: skip
 _GIVEN = (*_FREE, *_SPREAD)
 _NOT_COMPARED = ("run_dir", "resume", "dry_run", "command", "probe", "parallel", *_GIVEN)
+_NOT_COMPARED_BELOW = ("probe.", "watchdog.")
 Resume = bool | Literal["auto"]
 
 
@@ -68,6 +69,7 @@ def train(
     probe: DictConfig | None,
     health: DictConfig | None,
     parallel: DictConfig,
+    watchdog: DictConfig | None,
     resume: bool | Literal["auto"],
     compile: bool,
     checkpointing: bool,
@@ -78,8 +80,9 @@ def train(
 
     Everything a user can get wrong is checked before the first step, for every stage; with dry_run that is all that
     happens. pairs, trajectories: a PairSource and a TrajectorySource, for methods that need what the teacher makes.
-    probe: a Probe, which asks the teacher before it is used. health: what is measured beside training. resume: true
-    goes on with the run in run_dir; auto does, or begins where there is none.
+    probe: a Probe, which asks the teacher before it is used. health: what is measured beside training. watchdog: a
+    Watchdog, which tells when training stands still. resume: true goes on with the run in run_dir; auto does, or begins
+    where there is none.
     """
     settings: Mapping[str, Any] = dict(locals())
     group: Parallel = build(parallel)
@@ -101,7 +104,7 @@ def _train(settings: Mapping[str, Any], folder: RunFolder, resume: Resume, dry_r
     for part in todo[1:]:  # checked by shape before the first begins, built when their turn comes
         _prepared(part, todo, torch.device("meta"))
     if dry_run:
-        Console().print("dry run: the configuration is good, nothing was trained.")
+        logs.console().print("dry run: the configuration is good, nothing was trained.")
         return None
     with _held(folder):
         ranks.on_main(lambda: _claim(folder, settings, resume))
@@ -147,6 +150,7 @@ class _Prepared:
     teacher_figures: dict[str, Any]
     sources: Mapping[str, Source]
     health: Health | None
+    watchdog: Watchdog | None
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -175,9 +179,10 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     if probe is not None and fresh and device.type != "meta":
         ask(probe, recipe, settings["networks"])
     health: Health | None = build(settings.get("health"))
+    watchdog: Watchdog | None = build(settings.get("watchdog"))
     for key in MADE.values():  # also where this method needs none: a mistake is told
         build(settings.get(key))
-    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health)
+    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health, watchdog)
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -195,7 +200,7 @@ def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
 def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[str, Any]:
     part, recipe = prepared.part, prepared.recipe
     if part.name:
-        Console().print(f"stage {part.name}")
+        logs.console().print(f"stage {part.name}")
         ranks.on_main(lambda: part.folder.path.mkdir(parents=True, exist_ok=True))
     start = ranks.on_main(part.folder.newest)
     if start is None and resume is True and not part.name and not part.settings["stages"]:
@@ -210,7 +215,7 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
         recipe, made[key] = found.join(recipe), found.summary()
     run = Run(
         part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made,
-        prepared.health,
+        prepared.health, prepared.watchdog,
     )  # fmt: skip
     if part.settings["compile"]:
         recipe.networks.compile()
@@ -227,7 +232,9 @@ def _check_global_batch(start: Checkpoint, settings: Mapping[str, Any], trainer:
     fix = "Choose batch_size, accumulate and processes whose product it is."
     if wanted % calls == 0:
         fix = f"Set trainer.batch_size={wanted // calls}."
-    constraint = f"times accumulate and processes, {calls}, must be the {wanted} samples per step of the run that goes on"
+    constraint = (
+        f"times accumulate and processes, {calls}, must be the {wanted} samples per step of the run that goes on"
+    )
     raise UserError("trainer.batch_size", constraint, trainer.batch_size, fix)
 
 
@@ -242,7 +249,7 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-    for key in ("adapter", "attention", "probe", "health", "parallel", *MADE.values()):
+    for key in ("adapter", "attention", "probe", "health", "parallel", "watchdog", *MADE.values()):
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
     if OmegaConf.is_dict(stored["evaluation"]) and "stop" not in stored["evaluation"]:  # likewise
@@ -252,7 +259,11 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
     free = [key for key in _GIVEN if any(word.startswith(f"{key}=") for word in words)]
     if len(words) > len(free):
         for key in dict.fromkeys([*theirs, *ours]):
-            if key not in _NOT_COMPARED and not key.startswith("probe.") and ours.get(key) != theirs.get(key):
+            if (
+                key not in _NOT_COMPARED
+                and not key.startswith(_NOT_COMPARED_BELOW)
+                and ours.get(key) != theirs.get(key)
+            ):
                 fix = "Leave it out, or start a new run from the weights: init.student=run:DIR."
                 given = show(ours.get(key))
                 raise UserError(key, f"must be {show(theirs.get(key))}, as in the run that goes on", given, fix)
@@ -280,7 +291,7 @@ def _finished(folder: RunFolder, resume: Resume) -> dict[str, Any]:
     if resume is True:
         fix = "Its results stand; resume=auto passes over it."
         raise UserError("resume", "needs a run that is not finished", str(folder.path), fix)
-    Console().print(f"finished before, nothing to do: {folder.path}", soft_wrap=True, highlight=False)
+    logs.console().print(f"finished before, nothing to do: {folder.path}", soft_wrap=True, highlight=False)
     return read_json(folder.path / "summary.json", "run_dir")
 
 

@@ -1,9 +1,12 @@
-"""Peak of live tensor bytes: counts storages as operators make and drop them."""
+"""Peak of live tensor bytes: counts storages as operators make and drop them. What the process holds in all."""
 
 from __future__ import annotations
 
+import os
+import sys
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,3 +61,23 @@ def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tenso
         for value in state.values()
         if isinstance(value, Tensor)
     ]
+
+
+def held() -> dict[str, int]:
+    """Bytes of the process: `rss` and its peak, and of its current GPU, where there is one, what torch has allocated
+    and reserved there, and the peak of the former. torch counts them itself: the device is not asked.
+    """
+    found = {}
+    pages = Path("/proc/self/statm")
+    if pages.is_file():  # Linux alone
+        found["rss_bytes"] = int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda_allocated_bytes"] = torch.cuda.memory_allocated()
+        found["cuda_reserved_bytes"] = torch.cuda.memory_reserved()
+        found["cuda_peak_bytes"] = torch.cuda.max_memory_allocated()
+    return found

@@ -19,7 +19,7 @@ from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator
 from diffdistill.hashing import file_sha256
-from diffdistill.networks.files import quiet_libraries
+from diffdistill.networks.files import quiet_libraries, refuse_unsafe
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler, Sampler
 
@@ -58,11 +58,12 @@ class PipelineSampler:
                 folder,
                 "Look one level down.",
             )
+        refuse_unsafe(path, "pipeline")
         contract = _contract(path)
         _check_files(path, contract.get("sha256", {}))
         try:
             with quiet_libraries():
-                pipeline = DiffusionPipeline.from_pretrained(str(path), local_files_only=True)
+                pipeline = DiffusionPipeline.from_pretrained(str(path), local_files_only=True, use_safetensors=True)
             if torch.cuda.is_available():
                 pipeline.to("cuda")
             pipeline.set_progress_bar_config(disable=True)

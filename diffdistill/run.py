@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -11,11 +12,11 @@ from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from diffdistill import checkpoint, ranks
+from diffdistill import activity, checkpoint, logs, ranks, stacks
+from diffdistill.activity import during
 from diffdistill.checkpoint import Checkpoint
 from diffdistill.errors import Stopped
 from diffdistill.evaluation import divided, factors, harness
@@ -27,6 +28,7 @@ from diffdistill.evaluation.health import judge, now
 from diffdistill.evaluation.vitals import Health, Vitals
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
+from diffdistill.finite import spoilt
 from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
 from diffdistill.recipe import Recipe
 from diffdistill.run_folder import RunFolder, writing
@@ -34,9 +36,12 @@ from diffdistill.saved_run import load_run
 from diffdistill.shards import Gathered
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
+from diffdistill.throughput import Meter
 from diffdistill.trainer import NonFiniteError, Progress, Trainer
 from diffdistill.training_state import TrainingState
+from diffdistill.watchdog import Watchdog
 
+log = logging.getLogger(__name__)
 SCHEMA = 1  # of summary.json
 
 
@@ -59,12 +64,14 @@ class Run:
         teacher_figures: dict[str, Any],
         made: Mapping[str, Any] | None = None,
         health: Health | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
         self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
         self.health, self.alarms = health, dict[str, Verdict]()
         self.enough: Reason | None = None  # why training ended before its steps were over
-        self.console = Console()
+        self.watchdog = watchdog or Watchdog(None)
+        self.console = logs.console()
         self.alone = ranks.place()[1] == 1
 
     def execute(self, accelerator: Accelerator, start: Checkpoint | None) -> dict[str, Any]:
@@ -80,9 +87,11 @@ class Run:
         signal = StopSignal()
         with signal.watching(), writing(self.folder.path):
             ranks.on_main(lambda: self._open(state.step))
+            activity.ended(state.step)
             try:
-                self._train(state, accelerator, signal)
-                return self._conclude(state, signal)
+                with stacks.into(self.folder.path) as dump, self.watchdog.watching(dump):
+                    self._train(state, accelerator, signal)
+                    return self._conclude(state, signal)
             except StopRequested:
                 signal.signal = next(one for one in ranks.all_say(signal.signal) if one is not None)
                 done = self.trainer.ended(state) or self.enough is not None
@@ -103,9 +112,11 @@ class Run:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Bar(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task("training", total=self.trainer.steps, completed=state.step)
+            samples = self.trainer.batch_size * self.trainer.accumulate * logs.world()
+            meter = Meter(samples, state.step, state.seconds)
 
             def log(step: int, figures: Mapping[str, float]) -> None:
-                self._log(step, figures)
+                self._log(step, {**figures, **meter.figures(step, state.seconds)})
                 shown = [f"{k} {v:.3g}" for k, v in figures.items() if "/" in k and not k.startswith(("lr", "time"))]
                 bar.update(task, completed=step, description="  ".join(shown[:3]))
 
@@ -118,11 +129,17 @@ class Run:
             def stop() -> bool:
                 return signal.requested or self.enough is not None
 
-            progress = Progress(log, lambda step: self._save(state), evaluate, stop)
+            progress = Progress(log, lambda step: self._save(state), evaluate, stop, after=activity.ended)
             if self.health is not None:
                 vitals = Vitals(self.health, recipe, self.trainer.batch_size, accelerator.autocast)
                 progress.before = lambda step: vitals.before(state)
-                progress.after = lambda step: self._watch(vitals, state)
+
+                def after(step: int) -> None:
+                    activity.ended(step)
+                    with during("health"):
+                        self._watch(vitals, state)
+
+                progress.after = after
             every = self.evaluation.every if self.evaluation else 0
             owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
             if owed and not ranks.on_main(lambda: self.folder.was_evaluated(state.step)):  # a signal had cut it short
@@ -148,10 +165,17 @@ class Run:
         for path in [self.folder.path / "pipeline", *self.folder.path.glob(".pipeline-*")]:
             shutil.rmtree(path, ignore_errors=True)
 
+    @during("save")
     def _save(self, state: TrainingState) -> None:
         """A checkpoint of the whole state, whatever part of it each process holds."""
+        ranks.together(lambda: self._refuse_spoilt(state))
         files = Gathered(state.tensors(), ranks.is_main())
         ranks.on_main(lambda: self._commit(state, files), meanwhile=files)
+
+    def _refuse_spoilt(self, state: TrainingState) -> None:
+        """Raise NonFiniteError for what would be taken up by resume."""
+        if (found := spoilt(state.networks, state.optimizers)) is not None:
+            raise NonFiniteError(*found, state.step)
 
     def _commit(self, state: TrainingState, files: Gathered) -> None:
         metrics = self.folder.path / "metrics.jsonl"
@@ -160,6 +184,7 @@ class Run:
                 os.fsync(file.fileno())
         folder = self.folder.checkpoints
         checkpoint.commit(folder, state.step, files, state.values())
+        log.debug(f"saved the checkpoint of step {state.step}")
         metric = None if self.evaluation is None else self.evaluation.stop_metric
         checkpoint.prune(folder, self.trainer.keep, self.folder.best_step(metric))
 
@@ -181,6 +206,7 @@ class Run:
                 text = f"alarm at step {state.step}: {verdict.line}"
                 self.console.print(text, soft_wrap=True, highlight=False, style="bold red")
 
+    @during("evaluate")
     def _evaluate_interim(self, step: int, signal: StopSignal) -> None:
         assert self.evaluation is not None
         with self.recipe.networks.averaged(), self._at_once(signal):
@@ -223,7 +249,7 @@ class Run:
     def _conclude(self, state: TrainingState, signal: StopSignal) -> dict[str, Any]:
         recipe = self.recipe
         summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}
-        with recipe.networks.averaged(), self._at_once(signal):
+        with recipe.networks.averaged(), self._at_once(signal), during("evaluate"):
             self._picture(state.step)
             if self.evaluation is not None:
                 self.console.print(f"evaluating on {self.evaluation.num_samples} samples ...")
@@ -272,7 +298,8 @@ class Run:
             summary["factors"] = factors.report(recipe, self.evaluation, summary, self.folder.path)["factors"]
         reason = refusal(recipe)
         if reason is None:
-            write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
+            with during("export"):
+                write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
         else:
             self.console.print(f"no pipeline was written: {reason}", soft_wrap=True)
 

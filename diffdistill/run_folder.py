@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,12 @@ from diffdistill.evaluation.early_stop import loss_of
 SCHEMA = 2  # of config.yaml; 1 had no key `schema`, no warm start, no stages
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EROFS: "it is read-only"}
 _FULL |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
+_FULL |= {errno.EFBIG: "a file would be larger than is allowed here"}
 
 
 def say(text: str) -> None:
     """Tell on stderr what the user must not miss."""
-    print(f"warning: {text}", file=sys.stderr)
+    logging.getLogger(__name__).warning(text)
 
 
 GO_ON = "What was committed before stands: make room, then go on with resume=true."
@@ -125,6 +126,8 @@ class RunFolder:
             settings = OmegaConf.load(self.config_file)
             if not isinstance(settings, DictConfig):
                 raise ValueError("it holds no mapping")
+            if "${" in self.config_file.read_text():  # a run writes none; one could fetch what is in the environment
+                raise ValueError("It holds an interpolation ${...}, which no run writes.")
             schema = settings.pop("schema", 1)
         except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
             first = " ".join(str(error).split())[:200]
@@ -143,6 +146,11 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return
+        torn = [number for number, line in self._numbered() if line is None]
+        if torn and torn[-1] == len(path.read_text().splitlines()):
+            torn.pop()  # a kill may leave the last one unfinished, and no other
+        if torn:
+            say(f"{path}: line {', '.join(map(str, torn))} cannot be read and is left out")
         aside = path.with_name(".metrics.jsonl")
         with aside.open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step)
@@ -177,10 +185,18 @@ class RunFolder:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; the one that a kill left unfinished is passed over."""
+        yield from (line for _, line in self._numbered() if line is not None)
+
+    def _numbered(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Numbers and lines of metrics.jsonl, None for one that cannot be read."""
         path = self.path / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            with suppress(ValueError):
-                yield json.loads(line)
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                found = None
+            yield number, found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         aside = self.path / ".summary.json"

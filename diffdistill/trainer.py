@@ -15,9 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffdistill import ranks
+from diffdistill.activity import during
 from diffdistill.data import Data
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, Transition
 from diffdistill.errors import UserError, require_at_least
+from diffdistill.finite import DATA, culprit
 from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
@@ -64,12 +66,11 @@ class NonFiniteError(UserError):
     """A loss or gradient is nan or inf: the run stops and says where."""
 
     def __init__(self, role: str, tensor: str, step: int) -> None:
-        super().__init__(
-            f"{role}: {tensor}",
-            f"must be finite, at step {step}",
-            "nan or inf",
-            "Lower its lr in trainer.optimizer, or set trainer.clip; nothing was zeroed, older checkpoints stand.",
-        )
+        todo = "Lower its lr in trainer.optimizer, or set trainer.clip"
+        if role == DATA:
+            todo = "Mend the data, or leave that sample out"
+        fix = f"{todo}; nothing was zeroed, older checkpoints stand."
+        super().__init__(f"{role}: {tensor}", f"must be finite, at step {step}", "nan or inf", fix)
 
 
 def _never() -> bool:
@@ -199,11 +200,12 @@ class Trainer:
     ) -> dict[str, float]:
         """One step; its figures if it is one to log. counter: entered around the phases."""
         step, networks = state.step, state.networks
-        batches = ranks.together(lambda: self.batches(data, needs, networks, step))
+        with during("data"):
+            batches = ranks.together(lambda: self.batches(data, needs, networks, step))
         figures: dict[str, float] = {}
         logged = (step + 1) % self.log_every == 0
         for phase in state.distiller.phases(step):
-            with counter:
+            with during(f"phase {phase.name}"), counter:
                 losses, norms = self.update(phase, batches, step, networks, state.optimizers, accelerator)
             if logged:
                 figures |= ranks.mean(_figures(phase, losses))
@@ -255,7 +257,9 @@ class Trainer:
             with accelerator.autocast():
                 loss = phase.loss(batch, rng)
             if (bad := _not_finite(loss)) is not None:
-                raise NonFiniteError(", ".join(phase.trains), f"loss {phase.name}/{bad}", step)
+                found = ranks.all_say(culprit(batch, networks, optimizers))
+                term = (", ".join(phase.trains), f"loss {phase.name}/{bad}")
+                raise NonFiniteError(*next((one for one in found if one is not None), term), step)
             accelerator.backward(loss.total / len(batches))
             losses.append(Loss({k: v.detach() for k, v in loss.terms.items()}, loss.stats))
         networks.rest()

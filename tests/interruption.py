@@ -42,7 +42,10 @@ def outcome(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]
     last = checkpoint.steps(folder / "checkpoints")[-1]
     tensors = {f"{p.name}/{k}": v for p in sorted(last.glob("*.safetensors")) for k, v in load_file(p).items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{k: v for k, v in line.items() if not k.startswith("time/") and "latency" not in k} for line in lines]
+    metrics = [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/")) and "latency" not in k}
+        for line in lines
+    ]
     values = json.loads((last / "state.json").read_text())
     measured = ("seconds", "cpu_seconds", "dearest", "peak_bytes")
     return tensors, metrics, {k: v for k, v in values.items() if k not in measured}

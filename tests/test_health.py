@@ -114,7 +114,10 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """Without what the clock says."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/") and "latency" not in k} for line in found]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "memory/")) and "latency" not in k}
+        for line in found
+    ]
 
 
 @pytest.mark.parametrize("case", METHODS)

@@ -31,7 +31,8 @@ def test_a_run_writes_what_it_promises_and_nothing_else(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 8, 12]
     assert all(
-        key.startswith(("student/", "critic/", "grad_norm/", "lr/", "time/")) or key == "step" for key in lines[0]
+        key.startswith(("student/", "critic/", "grad_norm/", "lr/", "time/", "memory/")) or key == "step"
+        for key in lines[0]
     )
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"step-00000008", "step-00000012"}
 
@@ -54,7 +55,10 @@ def test_the_same_command_gives_the_same_numbers(finished: Path, tmp_path: Path)
 
     def figures(folder: Path) -> list[dict[str, float]]:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if not k.startswith("time/") and "latency" not in k} for line in lines]
+        return [
+            {k: v for k, v in line.items() if not k.startswith(("time/", "memory/")) and "latency" not in k}
+            for line in lines
+        ]
 
     assert figures(again) == figures(finished)
     for path in sorted((finished / "checkpoints" / "step-00000012").glob("*.safetensors")):

@@ -76,8 +76,9 @@ def load_clip(spec: str, device: torch.device | str = "cpu", key: str = "clip") 
 def _transformers(name: str, device: torch.device | str) -> ClipScore:
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    model = CLIPModel.from_pretrained(name).to(device)
-    processor, tokenizer = AutoImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    model = CLIPModel.from_pretrained(name, use_safetensors=True).to(device)
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     longest = model.config.text_config.max_position_embeddings
 
     def tokens(prompts: Sequence[str]) -> tuple[Any, int]:

@@ -196,7 +196,8 @@ def _transformers(name: str, weights: str) -> tuple[torch.nn.Module, Call, Call,
 
     if weights:
         raise ValueError("transformers takes a name or a folder, without @.")
-    processor, model = AutoImageProcessor.from_pretrained(name), AutoModel.from_pretrained(name)
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+    model = AutoModel.from_pretrained(name, use_safetensors=True, trust_remote_code=False)
 
     def prepare(pictures: Sequence[Image.Image]) -> Tensor:
         return processor(images=list(pictures), return_tensors="pt")["pixel_values"]

@@ -85,7 +85,7 @@ def read_statistics(path: str, shape: tuple[int, ...], key: str = "reference") -
 
 
 def _of_others(file: Path, shape: tuple[int, ...], key: str) -> Statistics:
-    with np.load(file) as opened:
+    with np.load(file, allow_pickle=False) as opened:
         held: dict[str, Any] = {name: opened[name] for name in opened.files}
     rows: dict[str, Tensor] = {}
     size = 0

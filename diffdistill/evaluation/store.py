@@ -63,7 +63,7 @@ class RowStore:
         assert not self.shards(), "filled first"
         files = sorted(self._folder.glob("*.npy"))
         # copy on write: torch wants memory that it could write
-        return {file.stem: torch.from_numpy(np.load(file, mmap_mode="c")) for file in files}
+        return {file.stem: torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False)) for file in files}
 
     def _array(self, name: str, values: Tensor) -> np.memmap:
         file = self._folder / f"{name}.npy"
@@ -73,7 +73,7 @@ class RowStore:
                 shape = (self._size, *values.shape[1:])
                 np.lib.format.open_memmap(aside, "w+", values.numpy().dtype, shape).flush()
                 aside.replace(file)
-        return np.load(file, mmap_mode="r+")
+        return np.load(file, mmap_mode="r+", allow_pickle=False)
 
     def _marker(self, ids: range) -> Path:
         return self._folder / "done" / f"{ids.start // SHARD:06d}"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffdistill.config_check import check_keywords
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
-from diffdistill.networks.files import quiet_libraries, resolve, seeded
+from diffdistill.networks.files import quiet_libraries, refuse_unsafe, resolve, seeded
 from diffdistill.networks.tamed import tame_time
 from diffdistill.process import EDM, BoundaryF
 
@@ -110,6 +110,8 @@ def unet2d(path: str, sigma_data: float, sigma_min: float, sigma_max: float, has
     place = resolve(path)
     if not Path(place).is_dir() and not _HUB_ID.fullmatch(str(place)):
         raise UserError("path", "must be a folder, asset:NAME or a hub id OWNER/NAME", repr(path), "Name one.")
+    if Path(place).is_dir():
+        refuse_unsafe(Path(place))
     try:
         with quiet_libraries():
             if torch.get_default_device().type == "meta":  # dry run: shapes only

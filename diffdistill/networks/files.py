@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,27 @@ def resolve(path: str) -> str | Path:
     if path.startswith("asset:"):
         return Path(__file__).parents[1] / "assets" / path.removeprefix("asset:")
     return path
+
+
+def refuse_unsafe(folder: Path, key: str = "path") -> None:
+    """Refuse a folder of weights that would run code: Python files, which diffusers takes for classes of the pipeline,
+    and weights as pickles where there are none as safetensors. Looks into the folder and those directly below.
+    """
+    for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        names = sorted(path.name for path in place.iterdir())
+        code = [name for name in names if name.endswith(".py")]
+        if code:
+            fix = "Read it; if the stock classes do, remove it and mend model_index.json."
+            raise UserError(key, "must hold no code, which loading would run", str(place / code[0]), fix)
+        pickled = [name for name in names if _PICKLED.fullmatch(name)]
+        if pickled and not any(name.endswith(".safetensors") for name in names):
+            fix = "If you trust it, load it with diffusers or transformers and save_pretrained(DIR) it again."
+            constraint = "must hold weights as safetensors: a pickle may run code"
+            raise UserError(key, constraint, str(place / pickled[0]), fix)
+
+
+# what diffusers and transformers would unpickle
+_PICKLED = re.compile(r"(?:diffusion_)?(?:pytorch_)?model(?:[.\-].*)?\.(?:bin|pt|pth|ckpt)(?:\.index\.json)?")
 
 
 @contextmanager

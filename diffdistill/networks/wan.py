@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from diffdistill.denoiser import Cond
 from diffdistill.errors import UserError
 from diffdistill.networks.diffusers import model_keywords
-from diffdistill.networks.files import quiet_libraries, resolve, seeded
+from diffdistill.networks.files import quiet_libraries, refuse_unsafe, resolve, seeded
 from diffdistill.process import VELOCITY, Kind, NoiseProcess, RectifiedFlow
 
 PROMPTS = "prompts.safetensors"  # in a teacher's folder: embeddings [classes + 1, tokens, width], the null one last
@@ -91,13 +91,16 @@ def wan(path: str) -> Wan:
     if not (place / PROMPTS).is_file():
         constraint = f"must be a folder of a WanPipeline with {PROMPTS}"
         raise UserError("path", constraint, repr(path), "A run's pipeline folder is one.")
+    refuse_unsafe(place)
     try:
         with quiet_libraries():
             if torch.get_default_device().type == "meta":  # dry run: shapes only
                 config = WanTransformer3DModel.load_config(str(place), subfolder="transformer")
                 transformer = WanTransformer3DModel.from_config(config)
             else:
-                transformer = WanTransformer3DModel.from_pretrained(str(place), subfolder="transformer")
+                transformer = WanTransformer3DModel.from_pretrained(
+                    str(place), subfolder="transformer", use_safetensors=True
+                )
     except Exception as error:  # whatever a folder may hold
         message = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError("path", "must hold a diffusers WanTransformer3DModel", repr(path), message) from error

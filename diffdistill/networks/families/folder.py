@@ -11,7 +11,7 @@ import torch
 
 from diffdistill.config_errors import first_line
 from diffdistill.errors import UserError
-from diffdistill.networks.files import quiet_libraries, resolve
+from diffdistill.networks.files import quiet_libraries, refuse_unsafe, resolve
 from diffdistill.networks.scheduled import Schedule, schedule_of
 
 if TYPE_CHECKING:
@@ -108,16 +108,19 @@ def whole_folder(path: str, patterns: tuple[str, ...]) -> Path:
             below = sorted(p.parent.name for p in place.glob("*/model_index.json"))
             fix = f"Did you mean {place / below[0]}?" if below else "Give the folder that save_pretrained wrote."
             raise UserError("path", "must be a pipeline folder, with model_index.json", repr(path), fix)
+        refuse_unsafe(place)
         return place
     if not HUB_ID.fullmatch(path):
         raise UserError("path", "must be a pipeline folder or a hub id OWNER/NAME", repr(path), "Mend the path.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, allow_patterns=list(patterns)))
+        place = Path(snapshot_download(path, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's errors, and those of every layer below it
         fix = f"Download it where there is a network (hf download {path} --local-dir DIR) and give path=DIR."
         raise UserError("path", "must be on the hub and reachable, or a folder", repr(path), fix) from error
+    refuse_unsafe(place)
+    return place
 
 
 def _json(file: Path, path: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def encoders(path: str) -> Any:
     left_out = {name: None for name in parts if not name.startswith((*KEPT, "scheduler"))}
     try:
         with quiet_libraries():
-            pipeline = DiffusionPipeline.from_pretrained(str(place), **left_out)
+            pipeline = DiffusionPipeline.from_pretrained(str(place), use_safetensors=True, **left_out)
     except Exception as error:  # whatever a folder may hold
         raise UserError(
             "path", "must hold text encoders that load", repr(path), first_line(error) or repr(error)
