@@ -34,6 +34,7 @@ from diffdistill.run import Run
 from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.saved_run import load_run
 from diffdistill.stages import Part, parts
+from diffdistill.trackers import Tracker
 from diffdistill.trainer import Trainer
 from diffdistill.warm_start import warm_start
 
@@ -54,6 +55,7 @@ def train(
     distiller: DictConfig,
     trainer: DictConfig,
     evaluation: DictConfig,
+    tracker: DictConfig,
     run_dir: str,
     precision: Literal["fp32", "bf16"] | None,
     guidance: DictConfig,
@@ -147,6 +149,7 @@ class _Prepared:
     teacher_figures: dict[str, Any]
     sources: Mapping[str, Source]
     health: Health | None
+    tracker: Tracker
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -177,7 +180,9 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     health: Health | None = build(settings.get("health"))
     for key in MADE.values():  # also where this method needs none: a mistake is told
         build(settings.get(key))
-    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health)
+    tracker: Tracker = build(settings["tracker"])
+    tracker.check()
+    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health, tracker)
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -210,7 +215,7 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
         recipe, made[key] = found.join(recipe), found.summary()
     run = Run(
         part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made,
-        prepared.health,
+        prepared.health, prepared.tracker,
     )  # fmt: skip
     if part.settings["compile"]:
         recipe.networks.compile()
@@ -227,7 +232,9 @@ def _check_global_batch(start: Checkpoint, settings: Mapping[str, Any], trainer:
     fix = "Choose batch_size, accumulate and processes whose product it is."
     if wanted % calls == 0:
         fix = f"Set trainer.batch_size={wanted // calls}."
-    constraint = f"times accumulate and processes, {calls}, must be the {wanted} samples per step of the run that goes on"
+    constraint = (
+        f"times accumulate and processes, {calls}, must be the {wanted} samples per step of the run that goes on"
+    )
     raise UserError("trainer.batch_size", constraint, trainer.batch_size, fix)
 
 
@@ -242,7 +249,7 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-    for key in ("adapter", "attention", "probe", "health", "parallel", *MADE.values()):
+    for key in ("adapter", "attention", "probe", "health", "parallel", "tracker", *MADE.values()):
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
     if OmegaConf.is_dict(stored["evaluation"]) and "stop" not in stored["evaluation"]:  # likewise

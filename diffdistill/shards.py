@@ -57,9 +57,7 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
             first = min(mesh.get_local_rank(dim) * length, value.shape[placement.dim])
             mine = mine.narrow(placement.dim, first, min(length, value.shape[placement.dim] - first))
     local = torch.empty_like(part(like), dtype=value.dtype).copy_(mine)
-    return DTensor.from_local(
-        local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
