@@ -33,6 +33,7 @@ from diffdistill.run import Run
 from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.saved_run import load_run
 from diffdistill.stages import Part, parts
+from diffdistill.trackers import Tracker
 from diffdistill.trainer import Trainer
 from diffdistill.warm_start import warm_start
 from diffdistill.watchdog import Watchdog
@@ -55,6 +56,7 @@ def train(
     distiller: DictConfig,
     trainer: DictConfig,
     evaluation: DictConfig,
+    tracker: DictConfig,
     run_dir: str,
     precision: Literal["fp32", "bf16"] | None,
     guidance: DictConfig,
@@ -150,7 +152,11 @@ class _Prepared:
     teacher_figures: dict[str, Any]
     sources: Mapping[str, Source]
     health: Health | None
+<<<<<<< HEAD
     watchdog: Watchdog | None
+=======
+    tracker: Tracker
+>>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -182,7 +188,13 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     watchdog: Watchdog | None = build(settings.get("watchdog"))
     for key in MADE.values():  # also where this method needs none: a mistake is told
         build(settings.get(key))
+<<<<<<< HEAD
     return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health, watchdog)
+=======
+    tracker: Tracker = build(settings["tracker"])
+    tracker.check()
+    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health, tracker)
+>>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -215,7 +227,11 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
         recipe, made[key] = found.join(recipe), found.summary()
     run = Run(
         part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made,
+<<<<<<< HEAD
         prepared.health, prepared.watchdog,
+=======
+        prepared.health, prepared.tracker,
+>>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
     )  # fmt: skip
     if part.settings["compile"]:
         recipe.networks.compile()
@@ -249,7 +265,11 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
+<<<<<<< HEAD
     for key in ("adapter", "attention", "probe", "health", "parallel", "watchdog", *MADE.values()):
+=======
+    for key in ("adapter", "attention", "probe", "health", "parallel", "tracker", *MADE.values()):
+>>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
     if OmegaConf.is_dict(stored["evaluation"]) and "stop" not in stored["evaluation"]:  # likewise

@@ -6,12 +6,17 @@ import functools
 import logging
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
+<<<<<<< HEAD
+=======
+from omegaconf import OmegaConf
+from rich.console import Console
+>>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -36,7 +41,11 @@ from diffdistill.saved_run import load_run
 from diffdistill.shards import Gathered
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
+<<<<<<< HEAD
 from diffdistill.throughput import Meter
+=======
+from diffdistill.trackers import Log, Nowhere, Silent, Tracker
+>>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
 from diffdistill.trainer import NonFiniteError, Progress, Trainer
 from diffdistill.training_state import TrainingState
 from diffdistill.watchdog import Watchdog
@@ -64,11 +73,17 @@ class Run:
         teacher_figures: dict[str, Any],
         made: Mapping[str, Any] | None = None,
         health: Health | None = None,
+<<<<<<< HEAD
         watchdog: Watchdog | None = None,
+=======
+        tracker: Tracker | None = None,
+>>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
         self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
         self.health, self.alarms = health, dict[str, Verdict]()
+        self.tracker: Tracker = tracker or Nowhere()
+        self.tracked: Log = Silent()
         self.enough: Reason | None = None  # why training ended before its steps were over
         self.watchdog = watchdog or Watchdog(None)
         self.console = logs.console()
@@ -85,9 +100,14 @@ class Run:
             ranks.together(lambda: state.load(start))
             self.console.print(f"going on after step {state.step} of {self.trainer.steps}")
         signal = StopSignal()
-        with signal.watching(), writing(self.folder.path):
+        with signal.watching(), writing(self.folder.path), ExitStack() as stack:
             ranks.on_main(lambda: self._open(state.step))
+<<<<<<< HEAD
             activity.ended(state.step)
+=======
+            if ranks.is_main():
+                stack.enter_context(self._tracked(state.step))
+>>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
             try:
                 with stacks.into(self.folder.path) as dump, self.watchdog.watching(dump):
                     self._train(state, accelerator, signal)
@@ -149,10 +169,24 @@ class Run:
                 self.trainer.fit(state, recipe.data, recipe.needs, accelerator, progress, every)
         _ask(signal)
 
+    @contextmanager
+    def _tracked(self, step: int) -> Iterator[None]:
+        """Between the tracker's beginning, or going on after `step`, and its end."""
+        path = self.folder.path
+        name = f"{path.parent.parent.name}/{path.name}" if path.parent.name == "stages" else path.name
+        config: Any = OmegaConf.to_container(OmegaConf.create(dict(self.settings)))
+        tell = functools.partial(self.console.print, soft_wrap=True, highlight=False)
+        self.tracked = self.tracker.open(path, name, config, step, tell)
+        try:
+            yield
+        finally:
+            self.tracked.close()
+
     def _log(self, step: int, figures: Mapping[str, Any]) -> None:
-        """One line of metrics.jsonl, written by the main process."""
+        """One line of metrics.jsonl, written by the main process, and to the tracker."""
         if ranks.is_main():
             self.folder.add_metrics(step, figures)
+            self.tracked.figures(step, figures)
 
     def _open(self, step: int) -> None:
         """Make the folder what it was at `step`: metrics cut, what a kill left half done removed."""
@@ -199,7 +233,7 @@ class Run:
         figures = vitals.after(state)
         if not figures or not ranks.is_main():
             return
-        self.folder.add_metrics(state.step, figures)
+        self._log(state.step, figures)
         for verdict in now(Course(list(self.folder.metrics()), self.trainer.steps)):
             if verdict.state == "alarm" and verdict.name not in self.alarms:
                 self.alarms[verdict.name] = verdict
@@ -245,6 +279,8 @@ class Run:
         num = {1: 2000, 4: MOST_CLIPS}.get(len(data.shape), images)
         path = self.folder.path / "samples" / f"step-{step:08d}.png"
         draw_picture(data, self.recipe.distiller.generator, num, 0, path, networks)
+        if ranks.is_main():
+            self.tracked.picture(step, "samples", path)
 
     def _conclude(self, state: TrainingState, signal: StopSignal) -> dict[str, Any]:
         recipe = self.recipe
@@ -284,6 +320,7 @@ class Run:
         if course.keys("health/"):
             summary["health"] = [asdict(verdict) for verdict in judge(course)]
         self.folder.write_summary(summary)
+        self.tracked.figures(state.step, {f"evaluation/{key}": value for key, value in summary["student"].items()})
         self._print(summary)
         return summary
 
