@@ -152,11 +152,8 @@ class _Prepared:
     teacher_figures: dict[str, Any]
     sources: Mapping[str, Source]
     health: Health | None
-<<<<<<< HEAD
     watchdog: Watchdog | None
-=======
     tracker: Tracker
->>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -188,13 +185,10 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     watchdog: Watchdog | None = build(settings.get("watchdog"))
     for key in MADE.values():  # also where this method needs none: a mistake is told
         build(settings.get(key))
-<<<<<<< HEAD
-    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health, watchdog)
-=======
     tracker: Tracker = build(settings["tracker"])
     tracker.check()
-    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health, tracker)
->>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
+    made = sources(recipe, settings)
+    return _Prepared(part, recipe, trainer, judge, figures, made, health, watchdog, tracker)
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -227,11 +221,7 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
         recipe, made[key] = found.join(recipe), found.summary()
     run = Run(
         part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made,
-<<<<<<< HEAD
-        prepared.health, prepared.watchdog,
-=======
-        prepared.health, prepared.tracker,
->>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
+        prepared.health, prepared.watchdog, prepared.tracker,
     )  # fmt: skip
     if part.settings["compile"]:
         recipe.networks.compile()
@@ -265,11 +255,7 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-<<<<<<< HEAD
-    for key in ("adapter", "attention", "probe", "health", "parallel", "watchdog", *MADE.values()):
-=======
-    for key in ("adapter", "attention", "probe", "health", "parallel", "tracker", *MADE.values()):
->>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
+    for key in ("adapter", "attention", "probe", "health", "parallel", "watchdog", "tracker", *MADE.values()):
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
     if OmegaConf.is_dict(stored["evaluation"]) and "stop" not in stored["evaluation"]:  # likewise

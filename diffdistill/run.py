@@ -12,11 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 from accelerate import Accelerator
-<<<<<<< HEAD
-=======
 from omegaconf import OmegaConf
-from rich.console import Console
->>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -41,11 +37,8 @@ from diffdistill.saved_run import load_run
 from diffdistill.shards import Gathered
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
-<<<<<<< HEAD
 from diffdistill.throughput import Meter
-=======
 from diffdistill.trackers import Log, Nowhere, Silent, Tracker
->>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
 from diffdistill.trainer import NonFiniteError, Progress, Trainer
 from diffdistill.training_state import TrainingState
 from diffdistill.watchdog import Watchdog
@@ -73,11 +66,8 @@ class Run:
         teacher_figures: dict[str, Any],
         made: Mapping[str, Any] | None = None,
         health: Health | None = None,
-<<<<<<< HEAD
         watchdog: Watchdog | None = None,
-=======
         tracker: Tracker | None = None,
->>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
         self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
@@ -102,12 +92,9 @@ class Run:
         signal = StopSignal()
         with signal.watching(), writing(self.folder.path), ExitStack() as stack:
             ranks.on_main(lambda: self._open(state.step))
-<<<<<<< HEAD
             activity.ended(state.step)
-=======
             if ranks.is_main():
                 stack.enter_context(self._tracked(state.step))
->>>>>>> 5b37f1782f1a8fffe32cffb7272bddf595e2bf97
             try:
                 with stacks.into(self.folder.path) as dump, self.watchdog.watching(dump):
                     self._train(state, accelerator, signal)
