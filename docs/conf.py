@@ -28,6 +28,7 @@ python_use_unqualified_type_names = True
 maximum_signature_line_length = 130
 smartquotes = False  # alpha'(t) is a derivative, --help an option
 default_role = "literal"
+highlight_language = "none"
 
 html_theme = "furo"
 html_title = f"diffdistill {version}"

@@ -1,7 +1,7 @@
 """The project's docstrings as reStructuredText: plain sentences with formulas, shapes and `code`, which need no markup.
 
-Stars, bars and trailing underscores are text; an indented paragraph is a formula; `name:` at the beginning of a line or
-after two spaces introduces what a parameter is.
+Stars, bars and trailing underscores are text; an indented paragraph is a formula; `name:` at the beginning of a line,
+after two spaces, a semicolon or a shape introduces what a parameter is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 _CODE = re.compile(r"(``[^`\n]+``|`[^`\n]+`)")
-_NAME = re.compile(r"(?:^|(?<=  )|(?<=; ))([A-Za-z_]\w*(?:\[\w+\])?(?:, [A-Za-z_]\w*)*): ")
+_NAME = re.compile(r"(?:^|(?<=  )|(?<=; )|(?<=\], ))([A-Za-z_]\w*(?:\[\w+\])?(?:, [A-Za-z_]\w*)*): ")
 _PROSE = {"Paper", "Source", "Headline", "Returns", "Raises", "Note"}
 
 

@@ -71,9 +71,8 @@ def _block(language: str, text: str) -> str:
 
 def configuration() -> str:
     """Every file of configs/: the roots of the verbs, then each group, as shipped."""
-    roots = {verb.config: name for name, verb in VERBS.items()}
     parts = ["## The verbs' own keys"]
-    parts += [f"### {name}\n\n{_file(root)}" for root, name in sorted(roots.items())]
+    parts += [f"### {name}\n\n{_file(verb.config)}" for name, verb in VERBS.items()]
     for group, options in config_files.groups().items():
         parts.append(f"## {group}=")
         parts += [f"### {group}={option}\n\n{_file(f'{group}/{option}')}" for option in options]

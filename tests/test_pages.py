@@ -176,7 +176,7 @@ def test_docstrings_are_shown_as_they_are_meant() -> None:
         "",
         "    L = E |a_ * b|",
         "",
-        "z, x0: [B, *shape]  w: a scale_ of x_0.",
+        "z, x0: [B, *shape], k: [C]  w: a scale_ of x_0.",
         "Returns: it; t_: [B].",
     ]
     assert as_rst(given) == [
@@ -186,7 +186,7 @@ def test_docstrings_are_shown_as_they_are_meant() -> None:
         "",
         "    L = E |a_ * b|",
         "",
-        "``z, x0``\\ : [B, \\*shape]  ``w``\\ : a scale\\_ of x_0.",
+        "``z, x0``\\ : [B, \\*shape], ``k``\\ : [C]  ``w``\\ : a scale\\_ of x_0.",
         "Returns: it; ``t_``\\ : [B].",
     ]
 
