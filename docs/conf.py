@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -45,6 +46,16 @@ def setup(app):
     def described(app, what, name, thing, options, lines):
         lines[:] = docstrings.as_rst(lines)
 
+    def signed(app, what, name, thing, options, signature, returns):
+        # <factory> and its like are no Python, and one of them keeps Sphinx from reading the whole signature
+        return (re.sub(r"<[^<>]*>", "...", signature), returns) if signature else None
+
+    def outdated(app, env, added, changed, removed):
+        # what other files decide: Sphinx watches the pages alone
+        return [name for name in env.found_docs if site_parts.depends(Path(env.doc2path(name)).read_text())]
+
+    app.connect("env-get-outdated", outdated)
     app.connect("source-read", read)
+    app.connect("autodoc-process-signature", signed)
     app.connect("autodoc-process-docstring", described)
     return {"parallel_read_safe": True}

@@ -1,7 +1,7 @@
 """The project's docstrings as reStructuredText: plain sentences with formulas, shapes and `code`, which need no markup.
 
 Stars, bars and trailing underscores are text; an indented paragraph is a formula; `name:` at the beginning of a line,
-after two spaces, a semicolon or a shape introduces what a parameter is.
+after a sentence, a semicolon or a shape introduces what a parameter is.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 _CODE = re.compile(r"(``[^`\n]+``|`[^`\n]+`)")
-_NAME = re.compile(r"(?:^|(?<=  )|(?<=; )|(?<=\], ))([A-Za-z_]\w*(?:\[\w+\])?(?:, [A-Za-z_]\w*)*): ")
+_NAME = re.compile(r"(?:^|(?<=  )|(?<=[.;] )|(?<=\], ))([A-Za-z_]\w*(?:\[\w+\])?(?:, [A-Za-z_]\w*)*):(?= |$)")
 _PROSE = {"Paper", "Source", "Headline", "Returns", "Raises", "Note"}
 
 
@@ -32,7 +32,7 @@ def _paragraphs(lines: list[str]) -> Iterator[str]:
 
 
 def _line(line: str) -> str:
-    named = _NAME.sub(lambda found: found[0] if found[1] in _PROSE else f"`{found[1]}`: ", line)
+    named = _NAME.sub(lambda found: found[0] if found[1] in _PROSE else f"`{found[1]}`:", line)
     return "".join(_code(part) if part.startswith("`") else _text(part) for part in _CODE.split(named))
 
 

@@ -33,6 +33,11 @@ def filled(text: str, folder: str = "docs") -> str:
     return _PART.sub(lambda found: PARTS[found[1]](*filter(None, [found[2]])), relinked(text, folder, folder))
 
 
+def depends(text: str) -> bool:
+    """Whether what a page shows hangs on more than the page."""
+    return bool(_PART.search(text)) or any(f"\n{name}\n" in text for name in OPTIONAL)
+
+
 def relinked(text: str, folder: str, page: str = "docs") -> str:
     """Relative links of a text that lies in `folder`, as they are from a page in the folder `page`."""
 
