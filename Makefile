@@ -5,12 +5,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SITE_STAMP := $(VENV)/.installed-docs
 ARGS ?=
 PIP_FLAGS ?=
 export ARGS PIP_FLAGS PYTHON310 PYTHON312 PYTHON313 ALLOW_MISSING
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions lint assets clean
+.PHONY: help install quickstart figure leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions lint docs assets clean
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
@@ -25,6 +26,7 @@ help:
 	@echo "make fuzz-kernel  random calls of the attention library under AddressSanitizer, for a minute"
 	@echo "make versions     the tests on the oldest libraries, Python 3.12 and 3.13; one: version-oldest"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         the site, from docs/ and the docstrings: build/docs/index.html; a warning is an error"
 	@echo "make assets       train the shipped networks again: runs/assets"
 	@echo "make clean        remove what builds and tests leave behind"
 
@@ -37,6 +39,10 @@ $(STAMP): pyproject.toml setup.py
 		{ echo "$(PYTHON) lacks ensurepip and venv. Run: apt-get install python3-venv" >&2; exit 2; }
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[dev]"
+	@touch $@
+
+$(SITE_STAMP): $(STAMP)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e ".[docs]"
 	@touch $@
 
 quickstart: $(STAMP)
@@ -97,6 +103,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(SITE_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees $(ARGS) docs build/docs
 
 assets: $(STAMP)
 	$(BIN)/diffdistill train experiment=digits_teacher run_dir=runs/assets/digits $(ARGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
@@ -43,6 +44,8 @@ _OF_THE_PROGRAM = tuple(
         "kernels.attention.triton_kernels.evidence", "__main__",
     )
 )  # fmt: skip
+# names more packages, with commas between them: whoever runs a command allows code of their own, no configuration can
+OWN_PACKAGES = "DIFFDISTILL_PACKAGES"
 NODE_WORDS = ("_target_", "_partial_")
 
 
@@ -61,11 +64,18 @@ def is_node(value: Any) -> bool:
     return isinstance(value, dict) and "_target_" in value
 
 
+def allowed() -> tuple[str, ...]:
+    """The prefixes that a `_target_` may have: ALLOWED, and the packages that the environment names."""
+    own = [name.strip() for name in os.environ.get(OWN_PACKAGES, "").split(",")]
+    return (*ALLOWED, *(f"{name}." for name in own if name))
+
+
 def locate(target: Any, key: str) -> Callable[..., Any]:
     """The callable that the `_target_` at `key` names; UserError unless it exists in an allowed package."""
-    if not isinstance(target, str) or not target.startswith(ALLOWED):
-        packages = ", ".join(prefix[:-1] for prefix in ALLOWED)
-        fix = "Name a class or function of these packages in full."
+    prefixes = allowed()
+    packages = ", ".join(prefix[:-1] for prefix in prefixes)
+    fix = f"Name a class or function of these packages in full. {OWN_PACKAGES}=NAME in the environment adds your own."
+    if not isinstance(target, str) or not target.startswith(prefixes):
         raise UserError(key, f"must lie inside {packages}", show(target), fix)
     module, rest = _longest_module(target)
     found: Any = module
@@ -76,9 +86,7 @@ def locate(target: Any, key: str) -> Callable[..., Any]:
             raise UserError(key, f"must exist, but {inside} has no {part!r}", show(target), did_you_mean(part, names))
         found = getattr(found, part)
     # A module that one of ours imports is reachable through it: what counts is where the callable is defined.
-    if not callable(found) or not f"{getattr(found, '__module__', '')}.".startswith(ALLOWED):
-        packages = ", ".join(prefix[:-1] for prefix in ALLOWED)
-        fix = "Name a class or function of these packages in full."
+    if not callable(found) or not f"{getattr(found, '__module__', '')}.".startswith(prefixes):
         raise UserError(key, f"must be a class or function defined inside {packages}", show(target), fix)
     inside = f"{found.__module__}."
     if (inside.startswith(_OF_OTHERS) and not isinstance(found, type)) or inside.startswith(_OF_THE_PROGRAM):
@@ -92,7 +100,13 @@ def locate(target: Any, key: str) -> Callable[..., Any]:
 def _longest_module(target: str) -> tuple[ModuleType, list[str]]:
     """The innermost module on the dotted path, and the names after it."""
     parts = target.split(".")
-    module = importlib.import_module(parts[0])
+    try:
+        module = importlib.import_module(parts[0])
+    except ModuleNotFoundError as error:
+        if error.name != parts[0]:
+            raise  # the package exists, but something it imports does not
+        fix = "Put the folder that holds it on PYTHONPATH."
+        raise UserError(OWN_PACKAGES, "must name packages that Python can import", parts[0], fix) from None
     for i in range(1, len(parts)):
         path = ".".join(parts[: i + 1])
         try:

@@ -303,6 +303,24 @@ def test_values_that_do_not_fit_are_named(value, message):
         check(OmegaConf.create({**ROOT, "distiller": value}), targets().train)
 
 
+def test_the_environment_allows_packages_and_a_configuration_cannot(monkeypatch):
+    cfg = {**ROOT, "distiller": node()}
+    monkeypatch.setattr(config_check, "ALLOWED", ("diffdistill.",))
+    with pytest.raises(
+        UserError, match=r"lie inside diffdistill, got 'fake_targets\.Method'.*DIFFDISTILL_PACKAGES=NAME"
+    ):
+        check(cfg, targets().train)
+    monkeypatch.setenv("DIFFDISTILL_PACKAGES", "nowhere, fake_targets")
+    check(cfg, targets().train)
+    with pytest.raises(
+        UserError, match=r"^DIFFDISTILL_PACKAGES must name packages that Python can import, got nowhere"
+    ):
+        check({**ROOT, "distiller": {"_target_": "nowhere.Method"}}, targets().train)
+    monkeypatch.setenv("DIFFDISTILL_PACKAGES", "fake")  # a whole name, not its beginning
+    with pytest.raises(UserError, match=r"must lie inside diffdistill, fake, got"):
+        check(cfg, targets().train)
+
+
 def test_nodes_are_checked_where_the_annotation_says_nothing():
     with pytest.raises(UserError, match=r"^distiller\.inner\[0\]\.rate must be an integer"):
         check({**ROOT, "distiller": {"inner": [node(rate="x")]}}, targets().train)

@@ -97,7 +97,7 @@ class Distiller(ABC):
 
     @classmethod
     def needs(cls, **hyperparameters: Any) -> frozenset[str]:
-        """What it asks of data and teacher, among x0, pair, trajectory, null, codec, jvp."""
+        """What it asks of data and teacher, among x0, pair, trajectory, condition, null, codec, jvp."""
         return frozenset()
 
     @classmethod
