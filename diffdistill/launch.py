@@ -18,6 +18,7 @@ from rich.console import Console
 
 from diffdistill import checkpoint, ranks
 from diffdistill.cached_tensors import Source, sources
+from diffdistill.checkpoint import Checkpoint
 from diffdistill.config import build, compose
 from diffdistill.config_types import dot, show
 from diffdistill.errors import UserError
@@ -227,7 +228,9 @@ def _check_global_batch(start: Checkpoint, settings: Mapping[str, Any], trainer:
     fix = "Choose batch_size, accumulate and processes whose product it is."
     if wanted % calls == 0:
         fix = f"Set trainer.batch_size={wanted // calls}."
-    constraint = f"times accumulate and processes, {calls}, must be the {wanted} samples per step of the run that goes on"
+    constraint = (
+        f"times accumulate and processes, {calls}, must be the {wanted} samples per step of the run that goes on"
+    )
     raise UserError("trainer.batch_size", constraint, trainer.batch_size, fix)
 
 

@@ -74,7 +74,9 @@ class Parallel:
             raise UserError("WORLD_SIZE", f"must come with {', '.join(missing)}", size, fix)
         if not hasattr(_fsdp().FSDPModule, "reset_iter_state"):
             fix = "Upgrade torch, or start one process."
-            raise UserError("torch", "must have FSDPModule.reset_iter_state for several processes", torch.__version__, fix)
+            raise UserError(
+                "torch", "must have FSDPModule.reset_iter_state for several processes", torch.__version__, fix
+            )
         devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if self.backend == "nccl" and not devices:
             raise UserError("parallel.backend", "must be gloo or null without a GPU", "nccl", "Leave it out.")

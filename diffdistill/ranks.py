@@ -154,4 +154,3 @@ def _plain(error: BaseException | None) -> BaseException | None:
     if type(error).__module__.startswith("diffdistill"):
         return error
     return RuntimeError(f"the main process failed: {type(error).__name__}: {error}")
-
