@@ -21,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from diffdistill import ranks
 from diffdistill.config import build
 from diffdistill.config_types import show
 from diffdistill.errors import UserError
 from diffdistill.networks.lora import base_state
 from diffdistill.recipe import MADE, Recipe
+from diffdistill.shards import whole
 
 DECIDING = ("networks", "sampler", "guidance", "data")
 Made = tuple[dict[str, Tensor], float]  # tensors by name, CPU seconds that making them took
@@ -86,26 +88,39 @@ def key_of(recipe: Recipe, settings: Mapping[str, Any], rest: Mapping[str, Any])
     digest = hashlib.sha256()
     for name, value in sorted(base_state(recipe.networks.teacher)):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(_bytes(value))
+        digest.update(_bytes(whole(value)))
     nodes = {name: _plain(settings[name]) for name in DECIDING}
     digest.update(json.dumps({"nodes": nodes, **rest}, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
 def read_or_make(folder: Path, kind: str, key: str, make: Callable[[], Made]) -> tuple[Made, bool]:
-    """What `make` gives, and whether it was read from folder/kind-key.safetensors; a damaged file is made anew."""
+    """What `make` gives, and whether it was read from folder/kind-key.safetensors; a damaged file is made anew.
+
+    Several processes make it together, the main one writes it, and all have what lies in the file.
+    """
     file = folder / f"{kind}-{key[:24]}.safetensors"
+    found = ranks.on_main(lambda: _found(file, kind, key))
+    made = None if found else make()
+    if made is not None:
+        ranks.on_main(lambda: _write(file, *made, key))
+    if made is None or not ranks.is_main():
+        made = _read(file, key)
+    if made is None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+    return made, found
+
+
+def _found(file: Path, kind: str, key: str) -> bool:
+    """Whether the file is there and whole; if not, whether it can be written is told before the work."""
     if file.is_file():
-        found = _read(file, key)
-        if found is not None:
-            return found, True
+        if _read(file, key) is not None:
+            return True
         Console(stderr=True).print(f"{file} is damaged: the {kind} are made anew", soft_wrap=True, highlight=False)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):  # told before the work, not after it
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-    made = make()
-    _write(file, *made, key)
-    return made, False
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file.parent))
+    return False
 
 
 def why_no_folder(path: str) -> str:

@@ -21,6 +21,16 @@ class UserError(ValueError):
         super().__init__(f"{key} {constraint}, got {value}. {fix}")
         self.key, self.constraint, self.value, self.fix = key, constraint, value, fix
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _told, (str(self), self.key, self.constraint, str(self.value), self.fix)
+
+
+def _told(message: str, *parts: str) -> UserError:
+    """A UserError of another process."""
+    error = UserError(*parts)
+    error.args = (message,)
+    return error
+
 
 class Stopped(BaseException):
     """A run that ended early because it was told to, everything saved. status: what the process exits with."""

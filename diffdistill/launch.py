@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from omegaconf import DictConfig, OmegaConf
 
-from diffdistill import checkpoint, logs
+from diffdistill import checkpoint, logs, ranks
 from diffdistill.cached_tensors import Source, sources
 from diffdistill.config import build, compose
 from diffdistill.config_types import dot, show
@@ -24,6 +26,7 @@ from diffdistill.evaluation.vitals import Health
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
+from diffdistill.parallel import Parallel, num_processes, shard
 from diffdistill.probe import Probe, ask
 from diffdistill.recipe import MADE, Recipe, assemble
 from diffdistill.run import Run
@@ -36,7 +39,11 @@ from diffdistill.watchdog import Watchdog
 
 # What may differ when a run goes on: where it lies, how often it saves and who looks on, not what it computes.
 _FREE = ("trainer.checkpoint_every", "trainer.keep", "watchdog", "watchdog.seconds", "watchdog.exit_status")
-_NOT_COMPARED = ("run_dir", "resume", "dry_run", "command", "probe", *_FREE)
+# How the same samples are spread over processes: a checkpoint fits any, `_check_global_batch` sees that they are those.
+_SPREAD = ("trainer.batch_size", "trainer.accumulate", "parallel.mesh", "parallel.shard_size", "parallel.backend",
+           "parallel.timeout")  # fmt: skip
+_GIVEN = (*_FREE, *_SPREAD)
+_NOT_COMPARED = ("run_dir", "resume", "dry_run", "command", "probe", "parallel", *_GIVEN)
 _NOT_COMPARED_BELOW = ("probe.", "watchdog.")
 Resume = bool | Literal["auto"]
 
@@ -62,6 +69,7 @@ def train(
     probe: DictConfig | None,
     health: DictConfig | None,
     watchdog: DictConfig | None,
+    parallel: DictConfig,
     resume: bool | Literal["auto"],
     compile: bool,
     checkpointing: bool,
@@ -77,12 +85,18 @@ def train(
     where there is none.
     """
     settings: Mapping[str, Any] = dict(locals())
-    folder = RunFolder(Path(run_dir))
+    group: Parallel = build(parallel)
+    with group.running(), _one_voice():
+        return _train(settings, RunFolder(Path(run_dir)), resume, dry_run)
+
+
+def _train(settings: Mapping[str, Any], folder: RunFolder, resume: Resume, dry_run: bool) -> dict[str, Any] | None:
+    """`train`, among processes that can talk."""
     if resume is False:
-        folder.refuse_occupied()
-    elif (stored := _stored(folder, settings, resume)) is not None:
+        ranks.on_main(folder.refuse_occupied)
+    elif (stored := ranks.on_main(lambda: _stored(folder, settings, resume))) is not None:
         settings = stored
-        if folder.is_finished:
+        if ranks.on_main(lambda: folder.is_finished):
             return _finished(folder, resume)
     accelerator = _accelerator(settings["precision"])
     todo = [part for part in parts(settings, folder, train) if not (part.name and part.folder.is_finished)]
@@ -92,16 +106,37 @@ def train(
     if dry_run:
         logs.console().print("dry run: the configuration is good, nothing was trained.")
         return None
-    with folder.held():
-        if resume is False:
-            folder.refuse_occupied()  # it may have been taken since
-        if not folder.config_file.is_file():
-            folder.write_config(settings)
+    with _held(folder):
+        ranks.on_main(lambda: _claim(folder, settings, resume))
         summary = _run(first, accelerator, resume)
         del first  # one part's networks at a time
         for part in todo[1:]:
             summary = _run(_prepared(part, [], accelerator.device), accelerator, resume)
     return summary
+
+
+def _claim(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> None:
+    if resume is False:
+        folder.refuse_occupied()  # it may have been taken since
+    if not folder.config_file.is_file():
+        folder.write_config(settings)
+
+
+@contextmanager
+def _held(folder: RunFolder) -> Iterator[None]:
+    """The main process holds the folder, for all."""
+    with ExitStack() as stack:
+        ranks.on_main(lambda: stack.enter_context(folder.held()))
+        yield
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """The main process alone prints."""
+    with ExitStack() as stack:
+        if not ranks.is_main():
+            stack.enter_context(redirect_stdout(stack.enter_context(Path(os.devnull).open("w"))))
+        yield
 
 
 @dataclass(frozen=True)
@@ -121,13 +156,16 @@ class _Prepared:
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     """Build a part on `device`, every mistake told. among: the parts of a recipe whose stages have not run yet."""
     settings = part.settings
-    recipe = assemble(settings, device)
+    several = ranks.place()[1] > 1 and device.type != "meta"
+    recipe = ranks.together(lambda: assemble(settings, device, "cpu" if several else device))
+    if several:
+        shard(recipe.networks, build(settings["parallel"]).device_mesh())
     trainer: Trainer = build(settings["trainer"])
     judge: Evaluation | None = build(settings["evaluation"])
     if judge is not None and judge.metrics == ():
         judge = None
     trainer.check_roles(recipe.networks)
-    fresh = not checkpoint.steps(part.folder.checkpoints)
+    fresh = ranks.on_main(lambda: not checkpoint.steps(part.folder.checkpoints))
     if fresh:  # else weights come from there, and the source may be gone
         warm_start(recipe.networks, settings["init"] or {}, functools.partial(_source, part, among))
     figures: dict[str, Any] = {}
@@ -163,11 +201,13 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
     part, recipe = prepared.part, prepared.recipe
     if part.name:
         logs.console().print(f"stage {part.name}")
-        part.folder.path.mkdir(parents=True, exist_ok=True)
-    start = part.folder.newest()
+        ranks.on_main(lambda: part.folder.path.mkdir(parents=True, exist_ok=True))
+    start = ranks.on_main(part.folder.newest)
     if start is None and resume is True and not part.name and not part.settings["stages"]:
         fix = "resume=auto starts it over."
         raise UserError("resume", "needs a checkpoint", str(part.folder.checkpoints), fix)
+    if start is not None:
+        _check_global_batch(start, part.settings, prepared.trainer)
     made = {}
     for key, source in prepared.sources.items():
         with writing(source.cache or part.folder.path, f"{key}.cache" if source.cache else "run_dir"):
@@ -182,6 +222,22 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
     return run.execute(accelerator, start)
 
 
+def _check_global_batch(start: Checkpoint, settings: Mapping[str, Any], trainer: Trainer) -> None:
+    """A run goes on with as many samples per step as before, on however many processes."""
+    node = settings["trainer"]
+    wanted = start.values.get("global_batch", node["batch_size"] * node["accumulate"])  # none: of one process
+    if trainer.global_batch == wanted:
+        return
+    calls = ranks.place()[1] * trainer.accumulate
+    fix = "Choose batch_size, accumulate and processes whose product it is."
+    if wanted % calls == 0:
+        fix = f"Set trainer.batch_size={wanted // calls}."
+    constraint = (
+        f"times accumulate and processes, {calls}, must be the {wanted} samples per step of the run that goes on"
+    )
+    raise UserError("trainer.batch_size", constraint, trainer.batch_size, fix)
+
+
 def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> Mapping[str, Any] | None:
     """The settings of the run in `folder`, which the given ones must agree with; None if there is no run to go on.
 
@@ -193,14 +249,14 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-    for key in ("adapter", "attention", "probe", "health", "watchdog", *MADE.values()):
+    for key in ("adapter", "attention", "probe", "health", "watchdog", "parallel", *MADE.values()):
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
     if OmegaConf.is_dict(stored["evaluation"]) and "stop" not in stored["evaluation"]:  # likewise
         stored["evaluation"]["stop"] = compose("train").evaluation.stop
     ours, theirs = (dict(_leaves(OmegaConf.create(_plain(node)))) for node in (settings, stored))
     words = settings["command"].split()
-    free = [key for key in _FREE if any(word.startswith(f"{key}=") for word in words)]
+    free = [key for key in _GIVEN if any(word.startswith(f"{key}=") for word in words)]
     if len(words) > len(free):
         for key in dict.fromkeys([*theirs, *ours]):
             if (
@@ -242,13 +298,9 @@ def _finished(folder: RunFolder, resume: Resume) -> dict[str, Any]:
 def _accelerator(precision: str | None) -> Accelerator:
     if precision is None:
         precision = "bf16" if torch.cuda.is_available() else "fp32"
-    AcceleratorState._reset_state()  # a second run of this process may ask for another precision
-    accelerator = Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision])
-    if accelerator.num_processes > 1:
-        raise UserError(
-            "accelerate launch", "trains on one process so far", accelerator.num_processes, "Start one process."
-        )
-    return accelerator
+    AcceleratorState._reset_state(True)  # a second run of this process may ask for another precision
+    cpu = num_processes() > 1 and not torch.cuda.is_available()
+    return Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision], cpu=cpu)
 
 
 def card_of(networks: Mapping[str, Any]) -> tuple[Path, str]:

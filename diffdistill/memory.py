@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from diffdistill.shards import is_sharded, part
+
 
 class PeakBytes(TorchDispatchMode):
     """Within the context, `peak` is the largest sum of live storages: those given at entry and all made since.
@@ -36,7 +38,7 @@ class PeakBytes(TorchDispatchMode):
         return out
 
     def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
+        storage = (part(tensor) if is_sharded(tensor) else tensor).untyped_storage()
         key, size = id(storage), storage.nbytes()
         if key in self._known:
             return

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffdistill import ranks
 from diffdistill.data import Data
 from diffdistill.evaluation import harness, plots
 from diffdistill.networks.roles import Networks
@@ -19,10 +20,17 @@ MOST_CLIPS = 8  # of a run's picture of videos, one row each
 def draw_picture(
     data: Data, sampler: Sampler, num: int, seed: int, path: Path, networks: Networks | None = None
 ) -> None:
-    """Draw images, one class per column where there are classes, one video per row, or a scatter plot of points."""
+    """Draw images, one class per column where there are classes, one video per row, or a scatter plot of points.
+
+    Of several processes each draws all, and the main one writes.
+    """
     device, dtype = where(networks)
     labels = shown_classes(data, num)
     samples, _ = harness.draw(sampler, data, num, seed, 500, device, dtype, labels)
+    ranks.on_main(lambda: _plot(samples, data, path))
+
+
+def _plot(samples: Tensor, data: Data, path: Path) -> None:
     if samples.ndim == 3 or (samples.ndim > 3 and samples.shape[1] not in (1, 3)):
         samples = as_colours(samples)
     if samples.ndim == 5:

@@ -37,8 +37,12 @@ class Recipe:
     sampler: OdeSampler
 
 
-def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") -> Recipe:
+def assemble(
+    settings: Mapping[str, Any], device: torch.device | str = "cpu", kept_on: torch.device | str | None = None
+) -> Recipe:
     """Build data, networks and the method of a train configuration, and check that they fit each other.
+
+    device: where networks compute.  kept_on: where they lie until they are sharded, None is there too.
 
     Raises UserError if the method needs what data or teacher lack.
     """
@@ -48,13 +52,17 @@ def assemble(settings: Mapping[str, Any], device: torch.device | str = "cpu") ->
             teacher = build(settings["networks"])
     else:
         teacher = build(settings["networks"]).to(device)
-    return assemble_parts(settings, data, teacher)
+    return assemble_parts(settings, data, teacher, kept_on)
 
 
-def assemble_parts(settings: Mapping[str, Any], data: Data, teacher: Any) -> Recipe:
+def assemble_parts(
+    settings: Mapping[str, Any], data: Data, teacher: Any, kept_on: torch.device | str | None = None
+) -> Recipe:
     """As `assemble`, with data and teacher made by the caller; `settings` says the rest."""
     if (told := getattr(data, "told", None)) is not None:  # text, which only the teacher's pipeline can embed
         data = told(teacher, settings["networks"].get("path"))
+    if kept_on is not None:
+        teacher.to(kept_on)  # copies are made there
     teacher.check(data.shape, data.num_classes)
     if (null := getattr(data, "null", None)) is not None:  # of text, the embedding of what no prompt is
         teacher.null = null

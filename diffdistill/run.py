@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -13,11 +15,12 @@ from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from diffdistill import activity, checkpoint, logs, stacks
+from diffdistill import activity, checkpoint, logs, ranks, stacks
 from diffdistill.activity import during
 from diffdistill.checkpoint import Checkpoint
 from diffdistill.errors import Stopped
-from diffdistill.evaluation import factors, harness
+from diffdistill.evaluation import divided, factors, harness
+from diffdistill.evaluation.costs import latency_ms
 from diffdistill.evaluation.course import Course, Verdict
 from diffdistill.evaluation.early_stop import Reason
 from diffdistill.evaluation.harness import Evaluation
@@ -29,6 +32,8 @@ from diffdistill.finite import spoilt
 from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
 from diffdistill.recipe import Recipe
 from diffdistill.run_folder import RunFolder, writing
+from diffdistill.saved_run import load_run
+from diffdistill.shards import Gathered
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
 from diffdistill.throughput import Meter
@@ -38,6 +43,12 @@ from diffdistill.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 SCHEMA = 1  # of summary.json
+
+
+def _ask(signal: StopSignal) -> None:
+    """Leave where any process was told to stop."""
+    if ranks.any_of(signal.requested):
+        raise StopRequested
 
 
 class Run:
@@ -61,6 +72,7 @@ class Run:
         self.enough: Reason | None = None  # why training ended before its steps were over
         self.watchdog = watchdog or Watchdog(None)
         self.console = logs.console()
+        self.alone = ranks.place()[1] == 1
 
     def execute(self, accelerator: Accelerator, start: Checkpoint | None) -> dict[str, Any]:
         """Train from `start`, or from the beginning, then evaluate, export and print the summary.
@@ -70,19 +82,18 @@ class Run:
         state = self.trainer.start(self.recipe.distiller, self.recipe.networks)
         state.made_cpu_seconds = sum(made["cpu_seconds"] for made in self.made.values())
         if start is not None:
-            state.load(start)
+            ranks.together(lambda: state.load(start))
             self.console.print(f"going on after step {state.step} of {self.trainer.steps}")
         signal = StopSignal()
         with signal.watching(), writing(self.folder.path):
-            self._open(state.step)
+            ranks.on_main(lambda: self._open(state.step))
             activity.ended(state.step)
             try:
                 with stacks.into(self.folder.path) as dump, self.watchdog.watching(dump):
                     self._train(state, accelerator, signal)
-                    with signal.at_once():
-                        return self._conclude(state)
+                    return self._conclude(state, signal)
             except StopRequested:
-                assert signal.signal is not None
+                signal.signal = next(one for one in ranks.all_say(signal.signal) if one is not None)
                 done = self.trainer.ended(state) or self.enough is not None
                 left = "evaluation and export" if done else "training"
                 self.console.print(
@@ -93,7 +104,7 @@ class Run:
                 )
                 raise Stopped(signal.status) from None
             except NonFiniteError as error:
-                self.folder.add_metrics(state.step + 1, {"failed": str(error)})  # for `doctor`; dropped if it goes on
+                self._log(state.step + 1, {"failed": str(error)})  # for `doctor`; dropped if it goes on
                 raise
 
     def _train(self, state: TrainingState, accelerator: Accelerator, signal: StopSignal) -> None:
@@ -105,14 +116,13 @@ class Run:
             meter = Meter(samples, state.step, state.seconds)
 
             def log(step: int, figures: Mapping[str, float]) -> None:
-                self.folder.add_metrics(step, {**figures, **meter.figures(step, state.seconds)})
+                self._log(step, {**figures, **meter.figures(step, state.seconds)})
                 shown = [f"{k} {v:.3g}" for k, v in figures.items() if "/" in k and not k.startswith(("lr", "time"))]
                 bar.update(task, completed=step, description="  ".join(shown[:3]))
 
             def evaluate(step: int) -> None:
                 try:
-                    with signal.at_once():
-                        self._evaluate_interim(step)
+                    self._evaluate_interim(step, signal)
                 except StopRequested:
                     pass  # the loop asks next; the checkpoint is then of a step whose evaluation is missing
 
@@ -132,13 +142,17 @@ class Run:
                 progress.after = after
             every = self.evaluation.every if self.evaluation else 0
             owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
-            if owed and not self.folder.was_evaluated(state.step):  # a signal had cut it short
+            if owed and not ranks.on_main(lambda: self.folder.was_evaluated(state.step)):  # a signal had cut it short
                 evaluate(state.step)
-            self.enough = self._enough()
+            self.enough = ranks.on_main(self._enough)
             if self.enough is None:  # else the run was cut short after it had ended
                 self.trainer.fit(state, recipe.data, recipe.needs, accelerator, progress, every)
-        if signal.requested:
-            raise StopRequested
+        _ask(signal)
+
+    def _log(self, step: int, figures: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, written by the main process."""
+        if ranks.is_main():
+            self.folder.add_metrics(step, figures)
 
     def _open(self, step: int) -> None:
         """Make the folder what it was at `step`: metrics cut, what a kill left half done removed."""
@@ -153,14 +167,20 @@ class Run:
 
     @during("save")
     def _save(self, state: TrainingState) -> None:
-        if (found := spoilt(state.networks, state.optimizers)) is not None:  # it would be taken up by resume
-            raise NonFiniteError(*found, state.step)
+        """A checkpoint of the whole state, whatever part of it each process holds."""
+        for found in ranks.all_say(spoilt(state.networks, state.optimizers)):
+            if found is not None:  # resume would take it up
+                raise NonFiniteError(*found, state.step)
+        files = Gathered(state.tensors(), ranks.is_main())
+        ranks.on_main(lambda: self._commit(state, files), meanwhile=files)
+
+    def _commit(self, state: TrainingState, files: Gathered) -> None:
         metrics = self.folder.path / "metrics.jsonl"
         if metrics.is_file():  # the lines up to here belong to the checkpoint
             with metrics.open() as file:
                 os.fsync(file.fileno())
         folder = self.folder.checkpoints
-        checkpoint.commit(folder, state.step, state.tensors(), state.values())
+        checkpoint.commit(folder, state.step, files, state.values())
         log.debug(f"saved the checkpoint of step {state.step}")
         metric = None if self.evaluation is None else self.evaluation.stop_metric
         checkpoint.prune(folder, self.trainer.keep, self.folder.best_step(metric))
@@ -174,7 +194,7 @@ class Run:
     def _watch(self, vitals: Vitals, state: TrainingState) -> None:
         """Measure, write, and tell what is new and bad."""
         figures = vitals.after(state)
-        if not figures:
+        if not figures or not ranks.is_main():
             return
         self.folder.add_metrics(state.step, figures)
         for verdict in now(Course(list(self.folder.metrics()), self.trainer.steps)):
@@ -184,19 +204,37 @@ class Run:
                 self.console.print(text, soft_wrap=True, highlight=False, style="bold red")
 
     @during("evaluate")
-    def _evaluate_interim(self, step: int) -> None:
+    def _evaluate_interim(self, step: int, signal: StopSignal) -> None:
         assert self.evaluation is not None
-        with self.recipe.networks.averaged():
+        with self.recipe.networks.averaged(), self._at_once(signal):
             self._picture(step)
-            figures, _ = self._figures(self.recipe.distiller.generator, harness.interim(self.evaluation))
-        self.folder.add_metrics(step, {f"evaluation/{k}": v for k, v in figures.items()})
-        self.enough = self._enough()
+            figures, _ = self._figures(self.recipe.distiller.generator, harness.interim(self.evaluation), signal)
+        self._log(step, {f"evaluation/{k}": v for k, v in figures.items()})
+        self.enough = ranks.on_main(self._enough)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float))
         self.console.print(f"step {step}: {shown}")
 
-    def _figures(self, sampler: Sampler, evaluation: Evaluation) -> tuple[dict[str, Any], Any]:
-        networks = self.recipe.networks
-        return harness.evaluate(sampler, self.recipe.data, evaluation, networks.device, networks.dtype)
+    def _at_once(self, signal: StopSignal) -> AbstractContextManager[None]:
+        """Where the signal ends long work; several processes ask each other between batches instead."""
+        return signal.at_once() if self.alone else nullcontext()
+
+    def _figures(self, sampler: Sampler, evaluation: Evaluation, signal: StopSignal) -> tuple[dict[str, Any], Any]:
+        """Figures and protocol of a sampler; of several processes' samples without its latency."""
+        data, networks = self.recipe.data, self.recipe.networks
+        if self.alone:
+            return harness.evaluate(sampler, data, evaluation, networks.device, networks.dtype)
+        between = functools.partial(_ask, signal)
+        drawn = divided.draw(
+            sampler, data, evaluation.num_samples, evaluation.seed, evaluation.batch_size, networks.device,
+            networks.dtype, between,
+        )  # fmt: skip
+
+        def judged() -> tuple[dict[str, Any], Any]:
+            assert drawn is not None
+            with signal.at_once():
+                return harness.judged(*drawn, sampler.nfe, data, evaluation)
+
+        return ranks.on_main(judged)
 
     def _picture(self, step: int) -> None:
         data, networks = self.recipe.data, self.recipe.networks
@@ -205,26 +243,31 @@ class Run:
         path = self.folder.path / "samples" / f"step-{step:08d}.png"
         draw_picture(data, self.recipe.distiller.generator, num, 0, path, networks)
 
-    def _conclude(self, state: TrainingState) -> dict[str, Any]:
+    def _conclude(self, state: TrainingState, signal: StopSignal) -> dict[str, Any]:
         recipe = self.recipe
         summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}
-        with recipe.networks.averaged(), during("evaluate"):
+        with recipe.networks.averaged(), self._at_once(signal), during("evaluate"):
             self._picture(state.step)
             if self.evaluation is not None:
                 self.console.print(f"evaluating on {self.evaluation.num_samples} samples ...")
-                summary["student"], protocol = self._figures(recipe.distiller.generator, self.evaluation)
+                summary["student"], protocol = self._figures(recipe.distiller.generator, self.evaluation, signal)
                 summary["protocol"] = protocol.to_json()
                 if self.evaluation.teacher == "fresh":
-                    summary["teacher"], _ = self._figures(recipe.sampler, self.evaluation)
-                if self.evaluation.factors:
-                    self.console.print("timing steps and attention ...")
-                    summary["factors"] = factors.report(recipe, self.evaluation, summary, self.folder.path)["factors"]
-            reason = refusal(recipe)
-            if reason is None:
-                with during("export"):
-                    write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
-            else:
-                self.console.print(f"no pipeline was written: {reason}", soft_wrap=True)
+                    summary["teacher"], _ = self._figures(recipe.sampler, self.evaluation, signal)
+            if self.alone:
+                self._ship(recipe, summary)
+        if not self.alone:
+            _ask(signal)
+        return ranks.on_main(lambda: self._finish(state, summary, signal))
+
+    def _finish(self, state: TrainingState, summary: dict[str, Any], signal: StopSignal) -> dict[str, Any]:
+        """Export, write and tell, on the main process."""
+        if not self.alone:
+            with signal.at_once():  # the networks here are sharded: those in the folder are whole
+                whole = load_run(str(self.folder.path))[0]
+                if "latency" in self._names():
+                    summary["student"]["latency_ms"] = latency_ms(whole.distiller.generator, whole.data)
+                self._ship(whole, summary)
         summary |= {
             "wall_seconds": round(state.seconds, 2),
             "cpu_seconds": round(state.cpu_seconds, 2),
@@ -240,6 +283,22 @@ class Run:
         self.folder.write_summary(summary)
         self._print(summary)
         return summary
+
+    def _names(self) -> tuple[str, ...]:
+        """Of the metrics measured at the end."""
+        return () if self.evaluation is None else self.evaluation.names(self.recipe.data)
+
+    def _ship(self, recipe: Recipe, summary: dict[str, Any]) -> None:
+        """Write the pipeline, and what fewer steps save; the recipe's networks hold their averages."""
+        if self.evaluation is not None and self.evaluation.factors:
+            self.console.print("timing steps and attention ...")
+            summary["factors"] = factors.report(recipe, self.evaluation, summary, self.folder.path)["factors"]
+        reason = refusal(recipe)
+        if reason is None:
+            with during("export"):
+                write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
+        else:
+            self.console.print(f"no pipeline was written: {reason}", soft_wrap=True)
 
     def _print(self, summary: Mapping[str, Any]) -> None:
         columns = [(name, summary[name]) for name in ("teacher", "student") if summary[name]]

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from diffdistill import ranks
 from diffdistill.activity import during
 from diffdistill.data import Data
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, Transition
@@ -23,6 +24,7 @@ from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
 from diffdistill.rng import Rng
+from diffdistill.shards import parts, whole
 from diffdistill.training_state import TrainingState
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> factor on the learning rate
@@ -139,7 +141,7 @@ class Trainer:
 
     def start(self, distiller: Distiller, networks: Networks) -> TrainingState:
         """The state before the first step; `TrainingState.load` moves it on to a checkpoint."""
-        return TrainingState(distiller, networks, self.prepare(networks))
+        return TrainingState(distiller, networks, self.prepare(networks), self.global_batch)
 
     def fit(
         self,
@@ -164,7 +166,7 @@ class Trainer:
                 state.peak_bytes = counter.peak
             seconds = time.perf_counter() - started
             state.seconds += seconds
-            cpu_seconds = time.process_time() - cpu_started
+            (cpu_seconds,) = ranks.highest(time.process_time() - cpu_started)
             state.cpu_seconds += cpu_seconds
             state.dearest = max(state.dearest, cpu_seconds)
             state.step += 1
@@ -175,7 +177,7 @@ class Trainer:
             evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and not ended
             if evaluated:
                 progress.evaluate(state.step)
-            stopping = progress.stop()
+            stopping = ranks.any_of(progress.stop())
             due = bool(self.checkpoint_every) and state.step % self.checkpoint_every == 0
             if ended or due or evaluated or stopping:
                 progress.save(state.step)
@@ -199,14 +201,15 @@ class Trainer:
         """One step; its figures if it is one to log. counter: entered around the phases."""
         step, networks = state.step, state.networks
         with during("data"):
-            batches = self.batches(data, needs, networks, step)
+            batches = ranks.together(lambda: self.batches(data, needs, networks, step))
         figures: dict[str, float] = {}
         logged = (step + 1) % self.log_every == 0
         for phase in state.distiller.phases(step):
             with during(f"phase {phase.name}"), counter:
                 losses, norms = self.update(phase, batches, step, networks, state.optimizers, accelerator)
             if logged:
-                figures |= _figures(phase, losses) | {f"grad_norm/{role}": float(n) for role, n in norms.items()}
+                figures |= ranks.mean(_figures(phase, losses))
+                figures |= {f"grad_norm/{role}": float(n) for role, n in norms.items()}
         self._transit(state.distiller.after_step(step), state)
         if logged:
             figures |= {f"lr/{role}": o.param_groups[0]["lr"] for role, o in state.optimizers.items()}
@@ -224,9 +227,14 @@ class Trainer:
             networks.track(role, rate)
         return {role: self._optimizer(role, networks) for role in networks.trainable}
 
+    @property
+    def global_batch(self) -> int:
+        """Samples of one step over all processes: runs with the same number draw the same ones."""
+        return self.batch_size * self.accumulate * ranks.place()[1]
+
     def batches(self, data: Data, needs: frozenset[str], networks: Networks, step: int) -> list[Batch]:
         """The micro-batches of a step on this process, shared by its phases."""
-        total = self.batch_size * self.accumulate * _rank()[1]
+        total = self.global_batch
         streams = (self.rng(step, "data", index, networks.device) for index in range(self.accumulate))
         return [data.batch(rng, total, needs, networks.dtype) for rng in streams]
 
@@ -243,17 +251,18 @@ class Trainer:
         networks.train_only(phase.trains)
         losses = []
         for index, batch in enumerate(batches):
+            networks.sync_gradients(index == len(batches) - 1)
             rng = self.rng(step, phase.name, index, networks.device)
             torch.manual_seed(rng.torch_seed())  # dropout
             with accelerator.autocast():
                 loss = phase.loss(batch, rng)
-            total = loss.total
-            if not torch.isfinite(total):
-                bad = [name for name, term in loss.terms.items() if not torch.isfinite(term)]
-                term = (", ".join(phase.trains), f"loss {phase.name}/{bad[0] if bad else 'total'}")
-                raise NonFiniteError(*(culprit(batch, networks, optimizers) or term), step)
-            accelerator.backward(total / len(batches))
+            if (bad := _not_finite(loss)) is not None:
+                term = (", ".join(phase.trains), f"loss {phase.name}/{bad}")
+                found = ranks.all_say(culprit(batch, networks, optimizers))
+                raise NonFiniteError(*next((one for one in found if one is not None), term), step)
+            accelerator.backward(loss.total / len(batches))
             losses.append(Loss({k: v.detach() for k, v in loss.terms.items()}, loss.stats))
+        networks.rest()
         norms = {role: self.step(role, step, networks, optimizers[role]) for role in phase.trains}
         networks.update_ema(phase.trains)
         networks.zero_grad()
@@ -262,13 +271,15 @@ class Trainer:
     def step(self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clip and step one role; returns the norm of its gradient. Raises NonFiniteError."""
         gradients = [p.grad for p in networks.weights(role) if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        total = torch.nn.utils.get_total_norm(gradients)
+        norm = whole(total)
         if not torch.isfinite(norm):
-            names = [n for n, p in networks.named_weights(role) if p.grad is not None and not p.grad.isfinite().all()]
+            named = [(n, p.grad) for n, p in networks.named_weights(role) if p.grad is not None]
+            names = [n for n, gradient in named if not whole(gradient).isfinite().all()]
             raise NonFiniteError(role, f"gradient of {names[0] if names else 'all weights'}", step)
         limit = self.clip.get(role, self.clip.get("default"))
         if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(networks.weights(role), limit, norm)
+            torch.nn.utils.clip_grads_with_norm_(networks.weights(role), limit, total)
         factor = self._of(self.lr, role)(step, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -277,7 +288,7 @@ class Trainer:
 
     def rng(self, step: int, phase: str, micro_batch: int, device: torch.device | str) -> Rng:
         """The draws of one micro-batch on this process; ids as accelerate's loader deals batches."""
-        rank, world = _rank()
+        rank, world = ranks.place()
         first = (micro_batch * world + rank) * self.batch_size
         return Rng(self.seed, step, phase, range(first, first + self.batch_size), device)
 
@@ -331,7 +342,7 @@ class Trainer:
         weights = [*networks.teacher.parameters(), *networks.teacher.buffers()]
         owned = [p for role in networks.owned for p in networks.weights(role)]
         averages = [tensor for average in networks.averages().values() for tensor in average.average]
-        return [*weights, *owned, *averages, *optimizer_tensors(optimizers.values())]
+        return parts([*weights, *owned, *averages, *optimizer_tensors(optimizers.values())])
 
 
 def _figures(phase: Phase, losses: Sequence[Loss]) -> dict[str, float]:
@@ -340,8 +351,9 @@ def _figures(phase: Phase, losses: Sequence[Loss]) -> dict[str, float]:
     return {f"{phase.name}/{key}": sum(float(m[key]) for m in merged) / len(merged) for key in merged[0]}
 
 
-def _rank() -> tuple[int, int]:
-    """(rank, world size) of this process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
+def _not_finite(loss: Loss) -> str | None:
+    """The first term that is nan or inf on any process, `total` if only their sum is; None if all are finite."""
+    if not ranks.any_of(not torch.isfinite(loss.total)):
+        return None
+    bad = ranks.highest(*(float(not torch.isfinite(value)) for value in loss.terms.values()))
+    return next((name for name, flag in zip(loss.terms, bad, strict=True) if flag), "total")

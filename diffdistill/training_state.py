@@ -13,13 +13,14 @@ from diffdistill.checkpoint import Checkpoint, joined, split
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.networks.roles import Networks
+from diffdistill.shards import part, placed
 
 Optimizers = dict[str, torch.optim.Optimizer]
 
 
 @dataclass
 class TrainingState:
-    """step: steps done.  seconds, cpu_seconds: of training alone.  dearest: CPU seconds of its dearest step.
+    """global_batch: samples of one step over all processes.  step: steps done.  seconds, cpu_seconds: of training alone.  dearest: CPU seconds of its dearest step.
     made_cpu_seconds: of what the teacher made before it.  peak_bytes: of live tensors in one full
     step, 0 before that.
 
@@ -29,6 +30,7 @@ class TrainingState:
     distiller: Distiller
     networks: Networks
     optimizers: Optimizers
+    global_batch: int
     step: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -64,6 +66,7 @@ class TrainingState:
     def values(self) -> dict[str, Any]:
         """Everything else, as JSON values."""
         return {
+            "global_batch": self.global_batch,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
             "dearest": self.dearest,
@@ -107,7 +110,7 @@ class TrainingState:
         for role, average in networks.averages().items():
             saved = checkpoint.tensors(f"average-{role}")
             for (name, _), tensor in zip(networks.named_weights(role), average.average, strict=True):
-                tensor.copy_(saved[name])
+                part(tensor).copy_(part(placed(saved[name], tensor)))
         for role in self.optimizers:
             self._load_optimizer(role, checkpoint)
         networks.load_counters(values["networks"])
@@ -123,11 +126,13 @@ class TrainingState:
         entries: Mapping[str, Any] = saved["numbers"]
         if (checkpoint.path / f"optimizer-{role}.safetensors").is_file():  # there is none before its first step
             entries = {**entries, **checkpoint.tensors(f"optimizer-{role}")}
-        index = {name: i for i, (name, _) in enumerate(self.networks.named_weights(role))}
+        weights = self.networks.named_weights(role)
+        index = {name: i for i, (name, _) in enumerate(weights)}
         state: dict[int, dict[str, Any]] = {}
         for entry, value in entries.items():
             key, _, name = entry.partition("/")
-            state.setdefault(index[name], {})[key] = value
+            of = weights[index[name]][1]
+            state.setdefault(index[name], {})[key] = placed(value, of) if isinstance(value, Tensor) else value
         groups = []
         for ours, theirs in zip(optimizer.state_dict()["param_groups"], saved["groups"], strict=True):
             plain = {k: tuple(v) if isinstance(ours.get(k), tuple) else v for k, v in theirs.items()}

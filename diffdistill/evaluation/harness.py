@@ -183,9 +183,19 @@ def evaluate(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Any], Protocol]:
     """All figures of a sampler on the data, in summary.json's names, with their protocol."""
-    names = evaluation.names(data)
     samples, labels = draw(sampler, data, evaluation.num_samples, evaluation.seed, evaluation.batch_size, device, dtype)
-    figures: dict[str, Any] = {"nfe": sampler.nfe} if "nfe" in names else {}
+    figures, protocol = judged(samples, labels, sampler.nfe, data, evaluation)
+    if "latency" in evaluation.names(data):
+        figures["latency_ms"] = latency_ms(sampler, data, device, dtype)
+    return figures, protocol
+
+
+def judged(
+    samples: Tensor, labels: Tensor | None, nfe: int, data: Data, evaluation: Evaluation
+) -> tuple[dict[str, Any], Protocol]:
+    """The figures of samples [N, *shape] that a sampler of `nfe` network evaluations made, without its latency."""
+    names = evaluation.names(data)
+    figures: dict[str, Any] = {"nfe": nfe} if "nfe" in names else {}
     measured, protocol = measure(
         samples,
         labels,
@@ -196,10 +206,7 @@ def evaluate(
         replicates=evaluation.replicates,
         prdc_space=evaluation.prdc_space,
     )
-    figures |= measured
-    if "latency" in names:
-        figures["latency_ms"] = latency_ms(sampler, data, device, dtype)
-    return figures, protocol
+    return figures | measured, protocol
 
 
 def interim(evaluation: Evaluation) -> Evaluation:

@@ -36,6 +36,7 @@ from diffdistill.networks.ema import Ema
 from diffdistill.networks.roles import Networks
 from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
+from diffdistill.shards import whole
 from diffdistill.training_state import TrainingState
 
 COORDINATES = 4096  # of each tensor of weights that are followed through a step
@@ -207,7 +208,7 @@ def _parts(networks: Networks, role: str) -> list[Tensor]:
 
 
 def _some(weight: Tensor) -> Tensor:
-    values = weight.detach().flatten()
+    values = whole(weight).flatten()
     return values[:: max(1, values.numel() // COORDINATES)]
 
 
@@ -224,11 +225,11 @@ def _averages(networks: Networks) -> dict[str, float]:
     for role, average in networks.averages().items():
         apart = math.sqrt(
             sum(
-                float((a - w.detach()).float().square().sum())
+                float((whole(a) - whole(w)).float().square().sum())
                 for a, w in zip(average.average, average.source, strict=True)
             )
         )
-        size = math.sqrt(sum(float(w.detach().float().square().sum()) for w in average.source))
+        size = math.sqrt(sum(float(whole(w).float().square().sum()) for w in average.source))
         found[f"average/{role}"] = apart / size if size else 0.0
         found[f"average/{role}_first"] = _first_share(average)
     return found

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
+from diffdistill.shards import parts
 
 Rate = Callable[[int], float]  # number of the update (1, 2, ...) -> share of the old average that stays
 
@@ -46,31 +47,35 @@ class Ema:
     """An average of `source` held in `average`, tensors of equal shapes; `average` starts as a copy of `source`."""
 
     def __init__(self, source: Sequence[Tensor], rate: Rate, average: Sequence[Tensor] | None = None) -> None:
-        self.source, self.rate = list(source), rate
-        self.average = [p.detach().clone() for p in source] if average is None else [p.detach() for p in average]
+        self.rate = rate
+        self.over(source, [p.detach().clone() for p in source] if average is None else average)
         self.restart()
+
+    def over(self, source: Sequence[Tensor], average: Sequence[Tensor]) -> None:
+        """Go on with these tensors in place of the ones before, which they hold."""
+        self.source, self.average = list(source), [p.detach() for p in average]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the source once."""
         self.updates += 1
         keep = self.rate(self.updates)
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.source], 1 - keep)
+        torch._foreach_lerp_(parts(self.average), parts(self.source), 1 - keep)
 
     @torch.no_grad()
     def restart(self) -> None:
         """Begin again from the source as it is."""
         self.updates = 0
-        torch._foreach_copy_(self.average, [p.detach() for p in self.source])
+        torch._foreach_copy_(parts(self.average), parts(self.source))
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Within the context the source tensors hold the average."""
-        live = [p.detach().clone() for p in self.source]
+        live = [p.clone() for p in parts(self.source)]
         with torch.no_grad():
-            torch._foreach_copy_([p.detach() for p in self.source], self.average)
+            torch._foreach_copy_(parts(self.source), parts(self.average))
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_([p.detach() for p in self.source], live)
+                torch._foreach_copy_(parts(self.source), live)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -22,8 +22,16 @@ from diffdistill.networks.discriminator import Heads, Scalar
 from diffdistill.networks.ema import Constant, Ema, Rate
 from diffdistill.networks.inputs import EmbeddingWithInputs
 from diffdistill.networks.lora import LoraLayer, LoraSpec, adapt, merge
+from diffdistill.shards import placed
 
 Build = Literal["denoiser", "heads", "scalar"]
+
+
+class Sharding(Protocol):
+    """What `parallel.shard` leaves with networks."""
+
+    def sync_gradients(self, on: bool) -> None: ...
+    def rest(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ class Networks:
                 rate = role.ema if callable(role.ema) else Constant(0.0 if role.ema is None else role.ema)
                 self._averages[name] = Ema(self.weights(role.ema_of), rate, self.weights(name))
         self._active = frozenset(self._modules)
+        self._sharding: Sharding | None = None
         self.train_only(())
 
     # -- views ------------------------------------------------------------------------------------------------
@@ -133,15 +142,19 @@ class Networks:
 
     def named_weights(self, name: str) -> list[tuple[str, nn.Parameter]]:
         """As `weights`, with their names."""
+        self.rest()
         return list(self._modules[name].named_parameters())
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Role `name`'s own weights by name."""
+        self.rest()
         return dict(self._modules[name].state_dict())
 
     def load(self, name: str, state: Mapping[str, Tensor]) -> None:
-        """Write role `name`'s own weights; names and shapes must match."""
-        self._modules[name].load_state_dict(dict(state))
+        """Write role `name`'s own weights; names and shapes must match. Whole tensors do for sharded weights."""
+        own = self.state(name)
+        fitting = {key: placed(value, own[key]) if key in own else value for key, value in state.items()}
+        self._modules[name].load_state_dict(fitting)
 
     @property
     def owned(self) -> tuple[str, ...]:
@@ -186,6 +199,24 @@ class Networks:
         """Names of the roles of the last `train_only`."""
         return tuple(name for name in self._modules if name in self._active)
 
+    def sharded(self, sharding: Sharding) -> None:
+        """The modules have been sharded in place, before any optimizer or evaluation average was made."""
+        assert not self.averages()
+        self._sharding = sharding
+        self._weights = {name: list(module.parameters()) for name, module in self._modules.items()}
+        for name, average in self._averages.items():
+            average.over(self.weights(str(self.roles[name].ema_of)), self.weights(name))
+
+    def sync_gradients(self, on: bool) -> None:
+        """Whether the next backward pass averages gradients over processes; all but the last micro-batch's wait."""
+        if self._sharding is not None:
+            self._sharding.sync_gradients(on)
+
+    def rest(self) -> None:
+        """After calls, each process holds its part of the weights alone, as readers and optimizers expect them."""
+        if self._sharding is not None:
+            self._sharding.rest()
+
     def zero_grad(self) -> None:
         for weights in self._weights.values():
             for weight in weights:
@@ -221,9 +252,11 @@ class Networks:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within the context, roles with an evaluation average hold it."""
+        self.rest()
         with ExitStack() as stack:
             for average in self.averages().values():
                 stack.enter_context(average.swapped())
+            stack.callback(self.rest)
             yield
 
     def compile(self) -> None:

@@ -1,0 +1,89 @@
+"""Tensors of which each process holds a part, for code that does not care: this process's part, the whole, and a whole
+placed as another tensor lies. A plain tensor is its own part and whole.
+
+A sharded tensor is a DTensor; only `parallel` makes them. What is said to be done together is a collective: every
+process has to call it, on the same tensors in the same order.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Files = Mapping[str, Mapping[str, Tensor]]  # file name -> tensors by name
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor; without importing them, which takes a while."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def part(tensor: Tensor) -> Tensor:
+    """What this process holds of it: the same storage, without a graph. It may be empty."""
+    tensor = tensor.detach()
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """`part` of each."""
+    return [part(tensor) for tensor in tensors]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, without a graph; together."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """A whole `value` laid out as `like`, of its shape, is: each process takes its part, nothing is sent.
+
+    What is sharded already, or has another shape or a plain model, stays as it is.
+    """
+    if not is_sharded(like) or is_sharded(value) or value.shape != like.shape:
+        return value
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    mine = value.detach()
+    for dim, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            length = -(-value.shape[placement.dim] // mesh.size(dim))  # as torch.chunk cuts
+            first = min(mesh.get_local_rank(dim) * length, value.shape[placement.dim])
+            mine = mine.narrow(placement.dim, first, min(length, value.shape[placement.dim] - first))
+    local = torch.empty_like(part(like), dtype=value.dtype).copy_(mine)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+class Gathered:
+    """The wholes of sharded files, on the CPU of the main process, one file at a time; together.
+
+    A stand-in for the mapping that `checkpoint.commit` goes through, once. On other processes it yields nothing to
+    keep. `drain` takes part in what is left, so that the others are not kept waiting by a failure here.
+    """
+
+    def __init__(self, files: Files, keep: bool) -> None:
+        self._items, self._keep = iter(files.items()), keep
+
+    def items(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Name and tensors of each file that is left."""
+        for name, named in self._items:
+            yield name, self._of(named)
+
+    def drain(self) -> None:
+        """Gather what is left for the sake of the others."""
+        for _ in self.items():
+            pass
+
+    def _of(self, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in named.items():
+            full = whole(tensor)
+            if self._keep:
+                found[name] = full.cpu() if is_sharded(tensor) else full
+        return found
