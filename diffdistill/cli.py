@@ -157,6 +157,10 @@ def main(argv: Sequence[str]) -> int:
             raise
         _say("error: " + " ".join(str(error).split()))  # one line, whatever was quoted in it
         return 2
+    except RuntimeError as error:
+        if not logs.lost_process(error):
+            raise
+        return logs.tell_lost(error)
 
 
 def _say(text: str) -> None:

@@ -49,6 +49,22 @@ def console() -> Console:
     return Console(quiet=rank() > 0 or not told)
 
 
+def lost_process(error: BaseException) -> bool:
+    """Whether a collective failed because another process of the run is gone, or does not answer in time."""
+    of_torch = any(kind.__name__ == "DistError" for kind in type(error).__mro__)  # without importing it
+    return world() > 1 and (of_torch or "gloo" in str(error).lower())
+
+
+def tell_lost(error: BaseException) -> int:
+    """Say so, by every process that is left: the first may be the one that is gone. Returns the exit status, 1."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    _LOGGER.error(
+        f"another process of this run has ended, or does not answer: {first[:200]} What was committed stands: start "
+        f"all of them again with resume=auto"
+    )
+    return 1
+
+
 class _Stderr(logging.Handler):
     """One line per record on what is stderr at that moment, without secrets."""
 

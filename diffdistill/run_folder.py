@@ -7,7 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +146,11 @@ class RunFolder:
         path = self.path / "metrics.jsonl"
         if not path.is_file():
             return
+        torn = [number for number, line in self._numbered() if line is None]
+        if torn and torn[-1] == len(path.read_text().splitlines()):
+            torn.pop()  # a kill may leave the last one unfinished, and no other
+        if torn:
+            say(f"{path}: line {', '.join(map(str, torn))} cannot be read and is left out")
         aside = path.with_name(".metrics.jsonl")
         with aside.open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= step)
@@ -180,10 +185,18 @@ class RunFolder:
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """The lines of metrics.jsonl; the one that a kill left unfinished is passed over."""
+        yield from (line for _, line in self._numbered() if line is not None)
+
+    def _numbered(self) -> Iterator[tuple[int, dict[str, Any] | None]]:
+        """Numbers and lines of metrics.jsonl, None for one that cannot be read."""
         path = self.path / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else []:
-            with suppress(ValueError):
-                yield json.loads(line)
+        text = path.read_text(errors="replace") if path.is_file() else ""
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                found = json.loads(line)
+            except ValueError:
+                found = None
+            yield number, found if isinstance(found, dict) and isinstance(found.get("step"), int) else None
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         aside = self.path / ".summary.json"

@@ -116,7 +116,7 @@ def shards(num: int, seed: int, place: Path) -> Row:
         (_captioned(place / "captioned"), _read_captioned),
     ):
         file = folder / "000001.tar"
-        whole = file.read_bytes()
+        whole, intact = file.read_bytes(), read(folder)
         places = _meant(file, with_content=read is _read_latents)
         for index in range(num):
             how = "flip" if index % 2 else "truncate"
@@ -125,9 +125,10 @@ def shards(num: int, seed: int, place: Path) -> Row:
                 file.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << draws.randrange(8))]) + whole[at + 1 :])
             else:
                 file.write_bytes(whole[:at])
-            row.count(_refused(partial(read, folder), file), f"{how} of {file} at {at}")
+            row.count(_refused(partial(read, folder), file, intact), f"{how} of {file} at {at}")
         file.write_bytes(whole)
-        read(folder)  # and nothing is refused without cause
+        if read(folder) != intact:
+            raise AssertionError("the file is whole again")
     return row
 
 
@@ -142,12 +143,12 @@ def _meant(file: Path, with_content: bool) -> list[int]:
     return found
 
 
-def _refused(read: Callable[[], object], file: Path) -> bool:
+def _refused(read: Callable[[], object], file: Path, intact: object) -> bool:
+    """Whether the damage is told with the file's name, or leaves all that is read as it was: a checksum's own name."""
     try:
-        read()
+        return read() == intact
     except UserError as error:
         return file.name in str(error) and "must hold" in str(error)
-    return False
 
 
 def _latents(folder: Path) -> Path:
@@ -157,10 +158,12 @@ def _latents(folder: Path) -> Path:
     return folder
 
 
-def _read_latents(folder: Path) -> None:
+def _read_latents(folder: Path) -> list[object]:
     data = Latents(str(folder))
-    for index in range(6):
-        data._read(index)
+    samples = [data._read(index) for index in range(6)]
+    return [
+        (data._caption(index), {key: value.tolist() for key, value in samples[index].items()}) for index in range(6)
+    ]
 
 
 def _captioned(folder: Path) -> Path:
@@ -177,10 +180,9 @@ def _captioned(folder: Path) -> Path:
     return folder
 
 
-def _read_captioned(folder: Path) -> None:
+def _read_captioned(folder: Path) -> list[object]:
     found = captioned(str(folder), None)
-    if len(found) != 6:
-        raise AssertionError(f"{len(found)} of 6 samples were seen")
+    return [(found.caption(index), found.opened(index).tobytes()) for index in range(len(found))]
 
 
 # --- disks

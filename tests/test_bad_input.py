@@ -79,6 +79,8 @@ RANGES: dict[str, tuple[str, ...]] = {
     "checkpoint_every": FROM_ZERO,
     "keep": FROM_ZERO,
     "cpu_seconds": POSITIVE,
+    "Watchdog.seconds": ("-1.0", "inf"),
+    "exit_status": ("0", "256"),
     "warmup": FROM_ZERO,
     "final": SHARE,
     "clip.default": POSITIVE,

@@ -16,7 +16,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from diffdistill import checkpoint, run_folder
+from diffdistill import checkpoint, logs, run_folder
+from diffdistill.captioned import captioned
 from diffdistill.checkpoint import DamagedError
 from diffdistill.cli import main
 from diffdistill.errors import UserError
@@ -286,6 +287,39 @@ def test_a_damaged_summary_is_one_message(copy: Path, capsys: pytest.CaptureFixt
     (copy / "summary.json").write_text("{")
     assert main([*QUICK, f"run_dir={copy}", "resume=auto"]) == 2
     one_message(capsys, "run_dir", "summary.json")
+
+
+def test_a_damaged_line_of_the_metrics_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = RunFolder(tmp_path)
+    for step in (1, 2, 3):
+        folder.add_metrics(step, {"a": step})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(text.replace('"a": 2}', '"a": 2') + '{"st')
+    assert [line["a"] for line in folder.metrics()] == [1, 3]
+    logs.begin()
+    folder.cut_metrics(3)
+    assert "metrics.jsonl: line 2 cannot be read and is left out" in capsys.readouterr().err
+    folder.cut_metrics(3)  # they are gone
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "memory://run", "gs://bucket/run", "file:///tmp/run"])
+def test_a_url_is_refused_where_a_folder_is_written_or_read(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fix = "Write /tmp/run." if url.startswith("file") else "Mount it"
+    tries = (
+        [*QUICK, f"run_dir={url}"], ["sample", f"run={url}"], ["export", f"run={tmp_path}", f"out={url}"],
+        ["train", "data=image_folder", f"data.path={url}", "dry_run=true", "run_dir=x"],
+        ["train", "data=latents", f"data.path={url}", "networks=sd15", "networks.path=x", "dry_run=true", "run_dir=x"],
+    )  # fmt: skip
+    for words in tries:
+        assert main(words) == 2
+        one_message(capsys, "must be a path of this machine, not a URL", url, fix)
+    with pytest.raises(UserError, match="not a URL"):
+        captioned(url, None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_metrics_are_cut_to_a_step_and_a_torn_line_goes(tmp_path: Path) -> None:

@@ -257,6 +257,38 @@ def test_records_have_the_rank_where_there_are_several_and_only_the_first_tells_
     assert capsys.readouterr().err == "warning: alone\n"
 
 
+def test_a_lost_process_is_told_by_each_that_is_left_and_other_errors_are_not_dressed_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from diffdistill import cli
+
+    def failing(error: Exception) -> Any:
+        def dispatch(words: list[str]) -> int:
+            raise error
+
+        return dispatch
+
+    closed = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:1: Connection reset by peer."
+    monkeypatch.setenv("RANK", "1")
+    for error in (RuntimeError(f"{closed}\nThis is typical"), torch.distributed.DistBackendError("NCCL: remote error")):
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(cli, "_dispatch", failing(error))
+        assert main(["train"]) == 1
+        shown = capsys.readouterr().err
+        assert shown.startswith("[rank 1] error: another process of this run has ended, or does not answer: ")
+        assert shown.endswith("with resume=auto\n")
+        assert shown.count("\n") == 1
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        with pytest.raises(RuntimeError):
+            main(["train"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(cli, "_dispatch", failing(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        main(["train"])
+
+
 # --- throughput and memory
 
 
