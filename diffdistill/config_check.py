@@ -32,6 +32,7 @@ from .errors import UserError
 
 # What a configuration may call: our own, and classes of these packages.
 ALLOWED = ("diffdistill.", "torch.optim.", "torch.nn.", "diffusers.", "torchvision.transforms.")
+_OF_OTHERS = ("torch.", "diffusers.", "torchvision.")
 # Of our own these run verbs, compose configurations or start processes: they would reach beyond the list.
 _OF_THE_PROGRAM = tuple(
     f"diffdistill.{name}."
@@ -80,8 +81,7 @@ def locate(target: Any, key: str) -> Callable[..., Any]:
         fix = "Name a class or function of these packages in full."
         raise UserError(key, f"must be a class or function defined inside {packages}", show(target), fix)
     inside = f"{found.__module__}."
-    own = inside.startswith("diffdistill.")
-    if (not own and not isinstance(found, type)) or inside.startswith(_OF_THE_PROGRAM):
+    if (inside.startswith(_OF_OTHERS) and not isinstance(found, type)) or inside.startswith(_OF_THE_PROGRAM):
         fix = "Name a class, or a function of this package that builds something."
         raise UserError(
             key, "must build a part of a run: a foreign function, or a verb, may run code", show(target), fix

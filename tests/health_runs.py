@@ -2,7 +2,7 @@
 
     python tests/health_runs.py --steps 700 --every 100 gmm2d_dmd2 gmm2d_dmd2:frozen ...
 
-prints one row of a table per run: the figures of its second half and the alarms. Without names, every short experiment
+prints one row of a table per run: its figures and alarms. Without names, every short experiment
 that is shipped is run as it is, and each sickness.
 """
 
@@ -51,11 +51,9 @@ TOLD = {
     "student times": "time range",
     "gan x 1000": "term balance",
 }
-FIGURES = {
-    "lag": "lag/fake_score", "term": "term/student/gan", "distance": "sample/distance", "mean": "sample/mean",
-    "std": "sample/std", "saturated": "sample/saturated", "spread": "sample/spread", "memorised": "sample/memorised",
-    "data": "condition/data", "student": "condition/student", "telling": "times/telling",
-    "outside": "times/fake_score_outside",
+FIGURES = {  # of the second half
+    "critic lag": "lag/fake_score", "mean": "sample/mean", "std": "sample/std", "saturated": "sample/saturated",
+    "spread": "sample/spread", "memorised": "sample/memorised", "condition": "condition/student",
 }  # fmt: skip
 
 
@@ -140,21 +138,26 @@ def alarms(course: Course) -> list[Verdict]:
 
 
 def row(name: str, course: Course) -> str:
-    """The figures of a run's second half and its alarms, a line of a table."""
+    """The figures of a run and its alarms, a line of a table."""
     late = Course([line for line in course.lines if line["step"] >= course.steps / 2], course.steps)
-
-    def ends(key: str) -> str:
-        values = [value for _, value in late.series(f"health/{key}")]
-        return f"{min(values):.2g} to {max(values):.2g}" if values else ""
-
     moved = [v for key in course.keys("health/update/") for _, v in course.series(f"health/update/{key}")]
     told = ", ".join(f"{verdict.name} ({verdict.step})" for verdict in alarms(course)) or "none"
-    cells = [name, str(course.step), f"{max(moved, default=0):.2g}", balance(late), *map(ends, keys()), told]
+    whole = [largest(moved), largest(values(course, "average/student")), balance(late)]
+    whole += [largest(values(course, "sample/distance"))]
+    cells = [name, str(course.step), *whole, *(ends(values(late, key)) for key in FIGURES.values()), told]
     return "| " + " | ".join(cells) + " |"
 
 
-def keys() -> list[str]:
-    return [key for name, key in FIGURES.items() if name != "term"]
+def values(course: Course, key: str) -> list[float]:
+    return [value for _, value in course.series(f"health/{key}")]
+
+
+def largest(values: list[float]) -> str:
+    return f"{max(values):.2g}" if values else ""
+
+
+def ends(values: list[float]) -> str:
+    return f"{min(values):.2g} to {max(values):.2g}" if values else ""
 
 
 def balance(course: Course) -> str:
@@ -168,7 +171,8 @@ def balance(course: Course) -> str:
 
 
 def title() -> str:
-    names = ["run", "steps", "largest update", "terms", *(n for n in FIGURES if n != "term"), "alarms (step)"]
+    whole = ["largest update", "average", "terms", "distance at most"]
+    names = ["run", "steps", *whole, *FIGURES, "alarms (step)"]
     return "| " + " | ".join(names) + " |\n|" + "---|" * len(names)
 
 

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,14 +24,14 @@ from diffdistill.cli import main
 from diffdistill.config import compose
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Batch, Loss, Phase
-from diffdistill.evaluation import signs
+from diffdistill.evaluation import signs, vitals
 from diffdistill.evaluation.course import Course, Verdict
 from diffdistill.evaluation.dissection import lag, look, untouched
 from diffdistill.evaluation.health import judge
 from diffdistill.evaluation.yardstick import energy, heeded, yardstick
 from diffdistill.losses import denoising, unit_weight
 from diffdistill.networks.exact import Gaussian
-from diffdistill.process import EDM
+from diffdistill.process import EDM, RectifiedFlow
 from diffdistill.recipe import assemble
 from diffdistill.rng import Rng
 
@@ -162,6 +163,25 @@ def test_a_run_that_goes_on_measures_what_it_would_have(tmp_path: Path, monkeypa
     assert lines_of(tmp_path / "cut") == lines_of(tmp_path / "whole")
     summaries = [json.loads((tmp_path / name / "summary.json").read_text())["health"] for name in ("cut", "whole")]
     assert summaries[0] == summaries[1]
+
+
+def test_times_at_which_nothing_but_noise_is_seen_are_all_one() -> None:
+    """Rectified flow begins at t = 1, where noise over signal is without bound; its law of times never gets there."""
+    process = RectifiedFlow()
+
+    def beyond(trained: list[float], asked: list[float]) -> float:
+        out = torch.zeros(1, requires_grad=True)
+        seen = SimpleNamespace(
+            role="student", t=torch.tensor(trained), out=out, network=SimpleNamespace(process=process)
+        )
+        looked = SimpleNamespace(phase=SimpleNamespace(trains=("student",)), calls=[seen])
+        levels = process.angle(torch.tensor(asked).double()).tan().log()
+        return math.exp(vitals._ranges([looked], levels, 0.5)["times/student_beyond"])  # type: ignore[list-item]
+
+    assert beyond([0.1, 0.97], [0.9999]) == pytest.approx(50 / (97 / 3), rel=1e-3)  # 100 standard deviations of .5
+    assert beyond([0.1, 0.5], [0.9]) == pytest.approx(9.0, rel=1e-3)
+    assert beyond([0.5, 0.9], [0.1]) == pytest.approx(9.0, rel=1e-3)
+    assert beyond([0.999], [0.9999]) == 1.0
 
 
 # -- figures with a known value -------------------------------------------------------------------------------------

@@ -150,6 +150,13 @@ def test_every_flipped_byte_is_seen(tmp_path: Path) -> None:
             pytest.fail(f"byte {place} of {path.name} was taken: {found}")
 
 
+def test_a_checkpoint_under_another_steps_name_is_damaged(tmp_path: Path) -> None:
+    folder = checkpoint.commit(tmp_path, 3, {"student": {"w": torch.ones(4)}}, {"roles": ["student"]})
+    folder.rename(tmp_path / "step-00000006")
+    with pytest.raises(DamagedError, match="it is of step 3"):
+        checkpoint.verified(tmp_path / "step-00000006")
+
+
 @pytest.mark.parametrize(
     "state", [{}, {"a": 1, "b": [1.5, None, "x"]}, {"t": torch.ones(2), "n": {"u": [torch.zeros(1)]}}]
 )

@@ -20,7 +20,7 @@ from diffdistill.solvers import Sampler
 from . import metrics
 from .costs import latency_ms
 from .early_stop import EarlyStop
-from .metrics import check_metrics, measure
+from .metrics import check_metrics, check_name, measure
 from .protocol import Protocol, require_same
 from .reference import Reference
 
@@ -124,6 +124,8 @@ class NoEvaluation(Evaluation):
     """Nothing is measured, whatever metrics an experiment asks for."""
 
     def __post_init__(self) -> None:
+        for name in self.metrics or ():
+            check_name(name, "metrics")
         object.__setattr__(self, "metrics", ())
         super().__post_init__()
 

@@ -55,14 +55,19 @@ def check_metrics(
     key: the configuration key that the names came from.
     """
     for name in names:
-        if name not in METRICS:
-            raise UserError(key, f"must be among {', '.join(METRICS)}", name, "Take a name from that list.")
+        check_name(name, key)
         judge = classifier if name == "label_agreement" else features
         if (lack := _lack(name, reference, judge, prompts)) is not None:
             raise UserError(key, f"must fit the data set: {name} {lack[0]}", name, lack[1])
         if num_samples < (smallest := smallest_set(name, reference, features)):
             raise UserError(key.replace("metrics", "num_samples"), f"must be at least {smallest} for the metric {name}",
                             num_samples, f"Raise it, or leave {name} out.")  # fmt: skip
+
+
+def check_name(name: str, key: str) -> None:
+    """Raise UserError unless there is a metric of this name; key is where it came from."""
+    if name not in METRICS:
+        raise UserError(key, f"must be among {', '.join(METRICS)}", name, "Take a name from that list.")
 
 
 def _lack(name: str, reference: Known, features: FeatureNetwork | None, prompts: bool) -> tuple[str, str] | None:

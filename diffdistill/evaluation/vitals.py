@@ -42,6 +42,7 @@ from diffdistill.training_state import TrainingState
 COORDINATES = 4096  # of each tensor of weights that are followed through a step
 CALLS = 512  # of the student, for samples
 AT_ONCE = 2**16  # values of samples
+PURE = math.log(100)  # log of the ratio of noise to data beyond which only one of them is seen
 LEAST, MOST = 16, 256
 
 
@@ -248,6 +249,7 @@ def _first_share(average: Ema) -> float:
 def _ranges(looked: Sequence[Looked], asked: Tensor, std: float) -> dict[str, float]:
     """Where roles are asked against where they are trained, in logs of the noise-to-signal ratio."""
     found: dict[str, float] = {}
+    scale = math.log(std)
     trained: dict[str, list[Seen]] = {}
     elsewhere: dict[str, list[Seen]] = {}
     for seen in looked:
@@ -258,15 +260,16 @@ def _ranges(looked: Sequence[Looked], asked: Tensor, std: float) -> dict[str, fl
             elif not mine:
                 elsewhere.setdefault(call.role, []).append(call)
     for role, calls in trained.items():
-        low, high = (float(end) for end in levels(calls).aminmax())
-        found[f"times/{role}_low"], found[f"times/{role}_high"] = low, high
+        ends = levels(calls).aminmax()
+        found[f"times/{role}_low"], found[f"times/{role}_high"] = (float(end) for end in ends)
         at = asked if role == STUDENT else levels(elsewhere.get(role, []))
         if len(at):
+            at, low, high = (x.clamp(-PURE, PURE) for x in (at - scale, ends[0] - scale, ends[1] - scale))
             beyond = torch.maximum(at - high, low - at).clamp(min=0)
             found[f"times/{role}_beyond"] = float(beyond.max())
             found[f"times/{role}_outside"] = float((beyond > 0).double().mean())
     frozen = [call for role in elsewhere if role not in trained for call in elsewhere[role] if role != STUDENT]
     if frozen:
-        relative = levels(frozen) - math.log(std)
+        relative = levels(frozen) - scale
         found["times/telling"] = float(((relative > math.log(0.05)) & (relative < math.log(20))).double().mean())
     return found

@@ -210,7 +210,7 @@ def _clock(call: Callable[[], object]) -> float:
 
 
 def _facts() -> dict[str, Any]:
-    return {"kernel": cpu.variant(), "bandwidth": ceiling.bandwidth()}
+    return {"kernel": cpu.variant(), "bandwidth_gb_per_s": round(ceiling.bandwidth() / 1e9, 1)}
 
 
 CPU = Side(runners, _rate, _clock, _facts, ("GF/s", 1.0))

@@ -43,7 +43,9 @@ class Blocked:
         return _cut(x, self.layout.num_q, self.layout.block_q)
 
     def keys(self, x: Tensor) -> Tensor:
-        """[B, Hkv, Skv, D] -> [B * Hkv * nK, block_k, D], likewise."""
+        """[B, Hkv, Skv, D] -> [B * Hkv * nK, block_k, D], likewise; slots without a key are 0 too."""
+        if self.layout.kv_valid is not None:
+            x = x.masked_fill(~self.layout.valid_keys()[:, None], 0)
         return _cut(x, self.layout.num_k, self.layout.block_k)
 
     def uncut_queries(self, x: Tensor) -> Tensor:

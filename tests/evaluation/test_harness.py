@@ -142,3 +142,11 @@ def test_nothing_is_measured_where_that_was_asked_for_whatever_an_experiment_set
     settings = compose("train", ["experiment=shapes_t2i", "evaluation=none", "run_dir=none"])
     assert settings.evaluation.metrics  # the experiment's
     assert build(settings["evaluation"]).metrics == ()
+
+
+def test_a_name_of_no_metric_is_refused_even_where_nothing_is_measured() -> None:
+    from diffdistill.config import build, compose
+
+    settings = compose("train", ["evaluation=none", "evaluation.metrics=[nowhere]", "run_dir=none"])
+    with pytest.raises(UserError, match="metrics must be among"):
+        build(settings["evaluation"])

@@ -190,6 +190,25 @@ def test_tangents_are_those_of_the_reference(backend, name):
     assert not wanted.isnan().any() and not o_dot[lse == -torch.inf].any() and not lse_dot[lse == -torch.inf].any()
 
 
+def test_what_lies_in_slots_without_a_key_never_matters():
+    """For the backend that every device has; those of the kernels are in their own tests."""
+    case = CASES["valid counts"]
+    layout, (q, k, v) = layout_of(case), tensors_of(case)
+    absent = ~layout.valid_keys()[:, None]
+    assert absent.any()
+
+    def all_of(k, v):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        o, lse = block_sparse_attention(*leaves, layout, backend="gather", return_lse=True)
+        tangents = jvp(lambda *x: block_sparse_attention(*x, layout, backend="gather"), (q, k, v), (q, k, v))[1]
+        plain = gather.attention(q, k, v, layout, case.scale)
+        return o, lse, plain, tangents, *torch.autograd.grad(o.sum() + finite(lse).sum(), leaves)
+
+    filled = all_of(k.masked_fill(absent, torch.nan), v.masked_fill(absent, torch.nan))
+    for found, wanted in zip(filled, all_of(k.masked_fill(absent, 0), v.masked_fill(absent, 0)), strict=True):
+        assert torch.equal(found, wanted) and not wanted.isnan().any()
+
+
 def test_a_tangent_of_one_argument_leaves_the_others_still():
     case = CASES["plain"]
     layout, (q, k, v) = layout_of(case), tensors_of(case, torch.float64)
