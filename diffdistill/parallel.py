@@ -16,7 +16,8 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from diffdistill.denoiser import Denoiser
 from diffdistill.errors import UserError, require_at_least, require_positive
@@ -145,8 +146,25 @@ def shard(networks: Networks, mesh: Any) -> None:
     for root, blocks in _modules(networks):
         for module in (*blocks, root):
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        for block in blocks:
+            block.register_forward_hook(_gathering(root))
         roots.append(root)
     networks.sharded(Sharding(roots))
+
+
+def _gathering(root: Any) -> Any:
+    """A hook on a block: before its backward pass the network's outer weights are gathered too.
+
+    A call that ended at a recorded block never reaches the network's own hook for that.
+    """
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda gradient: root.unshard())
+
+    return hook
 
 
 def _modules(networks: Networks) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

@@ -8,7 +8,7 @@ process has to call it, on the same tensors in the same order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,25 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
             mine = mine.narrow(placement.dim, first, min(length, value.shape[placement.dim] - first))
     local = torch.empty_like(part(like), dtype=value.dtype).copy_(mine)
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all of them together, in their dtype; together.
+
+    Summed in float64: the same for any number of parts, up to a last bit that almost never shows.
+    """
+    if not tensors:
+        return torch.zeros(())
+    squares = torch.stack(torch._foreach_norm(parts(tensors), 2, dtype=torch.float64)).square()
+    first = tensors[0]
+    total = squares.sum()
+    if is_sharded(first):
+        from torch.distributed.tensor import Shard
+
+        for dim, placement in enumerate(first.placements):  # type: ignore[attr-defined]
+            if isinstance(placement, Shard):
+                torch.distributed.all_reduce(total, group=first.device_mesh.get_group(dim))  # type: ignore[attr-defined]
+    return total.sqrt().to(first.dtype)
 
 
 class Gathered:

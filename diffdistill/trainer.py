@@ -24,7 +24,7 @@ from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
 from diffdistill.rng import Rng
-from diffdistill.shards import parts, whole
+from diffdistill.shards import norm, parts, whole
 from diffdistill.training_state import TrainingState
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> factor on the learning rate
@@ -271,20 +271,19 @@ class Trainer:
     def step(self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clip and step one role; returns the norm of its gradient. Raises NonFiniteError."""
         gradients = [p.grad for p in networks.weights(role) if p.grad is not None]
-        total = torch.nn.utils.get_total_norm(gradients)
-        norm = whole(total)
-        if not torch.isfinite(norm):
+        total = norm(gradients)
+        if not torch.isfinite(total):
             named = [(n, p.grad) for n, p in networks.named_weights(role) if p.grad is not None]
             names = [n for n, gradient in named if not whole(gradient).isfinite().all()]
             raise NonFiniteError(role, f"gradient of {names[0] if names else 'all weights'}", step)
         limit = self.clip.get(role, self.clip.get("default"))
-        if limit is not None:
-            torch.nn.utils.clip_grads_with_norm_(networks.weights(role), limit, total)
+        if limit is not None and (scale := limit / (float(total) + 1e-6)) < 1:
+            torch._foreach_mul_(parts(gradients), scale)
         factor = self._of(self.lr, role)(step, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         optimizer.step()
-        return norm
+        return total
 
     def rng(self, step: int, phase: str, micro_batch: int, device: torch.device | str) -> Rng:
         """The draws of one micro-batch on this process; ids as accelerate's loader deals batches."""

@@ -56,4 +56,4 @@ class Scalar(nn.Module):
 
     def forward(self, t_net: Tensor) -> Tensor:
         features = sinusoid(t_net.to(self.first.weight.dtype), self.width)
-        return self.last(nn.functional.silu(self.first(features)))[:, 0]
+        return self.last(nn.functional.silu(self.first(features))).sum(1)  # of one; a view would trouble FSDP2
