@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -57,11 +58,10 @@ def lost_process(error: BaseException) -> bool:
 
 def tell_lost(error: BaseException) -> int:
     """Say so, by every process that is left: the first may be the one that is gone. Returns the exit status, 1."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    _LOGGER.error(
-        f"another process of this run has ended, or does not answer: {first[:200]} What was committed stands: start "
-        f"all of them again with resume=auto"
-    )
+    told = re.sub(r"^\[[^\]]*\.\w+:\d+\] ", "", str(error).strip())  # without the place in gloo's sources
+    first = re.split(r"\.\s|\n", told)[0] or type(error).__name__
+    fix = "What was committed stands: start all of them again with resume=auto"
+    _LOGGER.error(f"another process of this run has ended, or does not answer: {first[:200]}. {fix}")
     return 1
 
 

@@ -32,11 +32,11 @@ Part = Callable[[int, int, Path], Row]
 def parts(short: bool) -> dict[str, tuple[Part, int]]:
     """Each part by its name, and how many cases."""
     nans: dict[str, tuple[Part, int]] = {
-        f"nan {kind}": (partial(chaos_steps.nans, kind), 1 if short else 10) for kind in chaos_steps.NANS
+        f"nan-{kind.split()[0]}": (partial(chaos_steps.nans, kind), 1 if short else 10) for kind in chaos_steps.NANS
     }
     return {
         "kill": (lambda n, seed, at: signals(signal.SIGKILL, n, seed, at, 20 * n + 100), 10 if short else 100),
-        "term": (lambda n, seed, at: signals(signal.SIGTERM, n, seed, at, 60 * n + 100), 2 if short else 20),
+        "term": (lambda n, seed, at: signals(signal.SIGTERM, n, seed, at, 40 * n + 100), 2 if short else 20),
         **nans,
         "stall": (chaos_steps.stalls, 2 if short else 6),
         "checkpoint": (chaos_files.checkpoints, 2 if short else 40),
@@ -61,15 +61,20 @@ def run(only: list[str], short: bool, seed: int) -> list[Row]:
     return rows
 
 
-def write(page: Path, table: str, command: str, seconds: float) -> None:
-    """Put the table between the page's marks, with what made it."""
+def write(page: Path, rows: list[str], command: str, seconds: float) -> None:
+    """Put rows between the page's marks, with what made them; those of other faults that stand there stay."""
     found = machine()
     made = (
         f"Made by `{command}` in {seconds / 60:.0f} minutes: {found['cores']} cores ({found['processor']}), "
         f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}.\n"
     )
     before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}{table}\n\n{made}{END}{rest.partition(END)[2]}")
+    old, _, after = rest.partition(END)
+    found = {line.split("|")[1]: line for line in old.splitlines() if line.startswith("| ")}
+    found = {name: line for name, line in found.items() if line not in HEAD}
+    found |= {line.split("|")[1]: line for line in rows}
+    table = "\n".join([HEAD, *found.values()])
+    page.write_text(f"{before}{BEGIN}{table}\n\n{made}{END}{after}")
 
 
 if __name__ == "__main__":
@@ -81,9 +86,9 @@ if __name__ == "__main__":
     given = parser.parse_args()
     began = time.monotonic()
     rows = run(given.only, given.short, given.seed)
-    table = "\n".join([HEAD, *map(str, rows)])
-    print(table, flush=True)
+    print("\n".join([HEAD, *map(str, rows)]), flush=True)
     print(f"{time.monotonic() - began:.0f} s")
     if given.page is not None:
-        write(given.page, table, "make chaos", time.monotonic() - began)
+        command = " ".join(["make chaos", *([f'ARGS="--only {" --only ".join(given.only)}"'] if given.only else [])])
+        write(given.page, list(map(str, rows)), command, time.monotonic() - began)
     sys.exit(0 if all(row.well for row in rows) else 1)

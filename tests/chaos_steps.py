@@ -35,7 +35,7 @@ def nans(kind: str, num: int, seed: int, place: Path) -> Row:
     whole = undisturbed(words)
     for index in range(num):
         folder, log = place / f"nan-{index}", place / f"nan-{index}.log"
-        role, step = draws.choice(["student", "fake_score"]), draws.randrange(3, STEPS)
+        role, step = draws.choice(["student", "fake_score"]), draws.randrange(3, STEPS - 5)
         status = finished([*words, f"run_dir={folder}"], log, partial(poison, kind, role, step, draws.random()))
         text = log.read_text()
         named = {

@@ -61,10 +61,11 @@ def test_the_table_tells_what_is_bad_and_what_was_not_run(tmp_path: Path) -> Non
     assert skipped.well
     assert str(skipped) == "| none | not run: no disk | | | |"
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{chaos.BEGIN}old\n{chaos.END}after\n")
-    chaos.write(page, "| new |", "make chaos", 120)
+    page.write_text(f"before\n{chaos.BEGIN}{chaos.HEAD}\n| a | old |\n| b | kept |\n\nold\n{chaos.END}after\n")
+    chaos.write(page, ["| a | new |", "| c | new |"], "make chaos", 120)
     text = page.read_text()
-    assert text.startswith(f"before\n{chaos.BEGIN}| new |\n\nMade by `make chaos` in 2 minutes: ")
+    table = "| a | new |\n| b | kept |\n| c | new |\n"
+    assert text.startswith(f"before\n{chaos.BEGIN}{chaos.HEAD}\n{table}\nMade by `make chaos` in 2 minutes: ")
     assert text.endswith(f"{chaos.END}after\n")
     assert "old" not in text
 
