@@ -124,6 +124,13 @@ class Sharding:
 
     def __init__(self, roots: Sequence[Any]) -> None:
         self.roots = list(roots)
+        self._called: list[Any] = []  # since the last rest
+        for root in self.roots:
+            root.register_forward_pre_hook(self._note, prepend=True)
+
+    def _note(self, root: Any, inputs: Any) -> None:
+        if root not in self._called:
+            self._called.append(root)
 
     def sync_gradients(self, on: bool) -> None:
         """Whether the next backward pass averages gradients over processes, or keeps them for a later one."""
@@ -135,8 +142,9 @@ class Sharding:
 
         A call that ended at a recorded block (`Denoiser.features`) leaves a network's outer weights gathered.
         """
-        for root in self.roots:
+        for root in self._called:
             root.reset_iter_state()
+        self._called.clear()
 
 
 def shard(networks: Networks, mesh: Any) -> None:

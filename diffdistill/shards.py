@@ -8,7 +8,7 @@ process has to call it, on the same tensors in the same order.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
     """
     if not is_sharded(like) or is_sharded(value) or value.shape != like.shape:
         return value
-    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor import Shard
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
     mine = value.detach()
@@ -56,8 +56,20 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
             length = -(-value.shape[placement.dim] // mesh.size(dim))  # as torch.chunk cuts
             first = min(mesh.get_local_rank(dim) * length, value.shape[placement.dim])
             mine = mine.narrow(placement.dim, first, min(length, value.shape[placement.dim] - first))
-    local = torch.empty_like(part(like), dtype=value.dtype).copy_(mine)
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return _as(torch.empty_like(part(like), dtype=value.dtype).copy_(mine), like)
+
+
+def mapped(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """`function` of the tensor, one that keeps its shape and may be taken of some rows alone."""
+    return _as(function(part(tensor)), tensor) if is_sharded(tensor) else function(tensor)
+
+
+def _as(local: Tensor, like: Any) -> Tensor:
+    """The sharded tensor with this part here, of the shape and layout of `like`."""
+    from torch.distributed.tensor import DTensor
+
+    layout = (like.device_mesh, like.placements)
+    return DTensor.from_local(local, *layout, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pytest import MonkeyPatch as Patch
+
 HERE = Path(__file__).parent
 LIMIT = int(os.environ.get("LIMIT", "240"))  # seconds
 
@@ -23,7 +25,7 @@ class Ended:
     """A process that ended. statuses: of each command line it ran."""
 
     status: int
-    statuses: list[int]
+    statuses: list[int | None]
     out: str
     err: str
 
@@ -62,16 +64,21 @@ def ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
     return found
 
 
-def run(size: int, lines: Sequence[Sequence[str]], patch: str = "") -> list[Ended]:
+def run(size: int, lines: Sequence[Sequence[str]]) -> list[Ended]:
     """Command lines of diffdistill, one after the other in the same processes, which start slowly.
 
-    patch: module:function that each process calls before.
+    A word patch=NAME has a function of this file called before the line, its changes undone after it. A word kill=N
+    ends a line in the middle of a step, after N updates: its status is then None.
     """
-    return ended(start(size, ["-m", "processes", patch, json.dumps([list(line) for line in lines])]))
+    return ended(start(size, ["-m", "processes", json.dumps([list(line) for line in lines])]))
 
 
-def in_float64() -> None:
-    """Networks, data and optimizers of every run from here on in float64: what is left of a difference is no rounding."""
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+def in_float64(patch: Patch) -> None:
+    """Networks, data and optimizers in float64: what is left of a difference is no rounding."""
     from diffdistill import recipe
 
     original = recipe.assemble_parts
@@ -79,21 +86,112 @@ def in_float64() -> None:
     def assemble_parts(settings: Any, data: Any, teacher: Any, *rest: Any) -> Any:
         return original(settings, data, teacher.double(), *rest)
 
-    recipe.assemble_parts = assemble_parts
+    patch.setattr(recipe, "assemble_parts", assemble_parts)
+
+
+def nan_on_rank_1(patch: Patch) -> None:
+    """The loss of the second process is nan at its fourth update."""
+    from diffdistill.distillers.base import Loss
+    from diffdistill.distillers.distribution_matching.dmd2 import DMD2
+
+    original, calls = DMD2.critic_loss, [0]
+
+    def critic_loss(self: Any, batch: Any, rng: Any) -> Loss:
+        loss = original(self, batch, rng)
+        calls[0] += 1
+        bad = rank() == 1 and calls[0] == 4
+        return Loss({k: v * float("nan") if bad else v for k, v in loss.terms.items()}, loss.stats)
+
+    patch.setattr(DMD2, "critic_loss", critic_loss)
+
+
+def bad_file_on_rank_1(patch: Patch) -> None:
+    """The second process finds a damaged file at step 3."""
+    from diffdistill.data import Mixture2D
+    from diffdistill.errors import UserError
+
+    original = Mixture2D.batch
+
+    def batch(self: Any, rng: Any, *rest: Any) -> Any:
+        if rank() == 1 and rng.step == 3 and rng.phase == "data":
+            raise UserError("data.path", "must hold images that can be read", "b.png", "Remove it.")
+        return original(self, rng, *rest)
+
+    patch.setattr(Mixture2D, "batch", batch)
+
+
+def full_disk(patch: Patch) -> None:
+    """The main process finds no room for the second file of a checkpoint; the others know nothing of it."""
+    import errno
+
+    from diffdistill import checkpoint
+
+    original, calls = checkpoint.save_file, [0]
+
+    def save_file(*given: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(given[1]))
+        original(*given)
+
+    patch.setattr(checkpoint, "save_file", save_file)
+
+
+def counted_reductions(patch: Patch) -> None:
+    """Tells after the line how often gradients were reduced over the processes."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
+
+    original, calls = group.foreach_reduce, [0]
+
+    def foreach_reduce(*given: Any, **named: Any) -> Any:
+        calls[0] += 1
+        return original(*given, **named)
+
+    patch.setattr(group, "foreach_reduce", foreach_reduce)
+    patch.after = lambda: print(f"REDUCTIONS {calls[0]}")  # type: ignore[attr-defined]
+
+
+def killed(patch: Patch, updates: int) -> None:
+    from interruption import KilledError
+
+    from diffdistill.trainer import Trainer
+
+    original, left = Trainer.update, [updates]
+
+    def update(self: Any, *given: Any) -> Any:
+        if left[0] == 0:
+            raise KilledError
+        left[0] -= 1
+        return original(self, *given)
+
+    patch.setattr(Trainer, "update", update)
+
+
+def _run(line: list[str]) -> int | None:
+    from interruption import KilledError
+
+    from diffdistill.cli import main as diffdistill
+
+    with Patch.context() as patch:
+        for word in line:
+            kind, _, name = word.partition("=")
+            if kind == "patch":
+                globals()[name](patch)
+            elif kind == "kill":
+                killed(patch, int(name))
+        try:
+            return diffdistill([word for word in line if not word.startswith(("patch=", "kill="))])
+        except KilledError:
+            return None
+        finally:
+            getattr(patch, "after", lambda: None)()
 
 
 def main() -> None:
-    import importlib
-
-    from diffdistill.cli import main as diffdistill
     from diffdistill.parallel import Parallel
 
-    patch, lines = sys.argv[1:]
-    if patch:
-        module, _, name = patch.partition(":")
-        getattr(importlib.import_module(module), name)()
     with Parallel().running():  # one meeting for all
-        statuses = [diffdistill(line) for line in json.loads(lines)]
+        statuses = [_run(line) for line in json.loads(sys.argv[1])]
     print(f"STATUSES {json.dumps(statuses)}")
 
 

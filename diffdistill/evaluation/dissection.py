@@ -16,6 +16,7 @@ from diffdistill.networks.call import Seen, seen_calls
 from diffdistill.networks.roles import Networks
 from diffdistill.process import X0, expand
 from diffdistill.rng import Rng
+from diffdistill.shards import is_sharded, norm
 
 AHEAD = 32  # steps among which one with all phases is looked for
 STUDENT = "student"
@@ -74,10 +75,19 @@ def term_norms(looked: Looked, networks: Networks, role: str) -> dict[str, float
     for name, term in looked.loss.terms.items():
         if not term.requires_grad:
             continue
-        found = torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
-        there = [g for g in found if g is not None]
-        norms[name] = float(torch.nn.utils.get_total_norm(there)) if there else 0.0
+        norms[name] = float(norm([g for g in _gradients(term, weights) if g is not None]))
+    networks.zero_grad()
     return norms
+
+
+def _gradients(term: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Of a term at weights; sharded ones, of which a graph knows only what was gathered, have theirs in `grad`."""
+    if not any(is_sharded(weight) for weight in weights):
+        return torch.autograd.grad(term, weights, retain_graph=True, allow_unused=True)
+    for weight in weights:
+        weight.grad = None
+    term.backward(retain_graph=True)
+    return [weight.grad for weight in weights]
 
 
 def lag(looked: Looked, role: str, keys: Sequence[str]) -> float | None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffdistill.shards import mapped
+
 
 class TamedLinear(nn.Linear):
     """A linear whose masked input columns are held at zero; its state dict is a plain linear's with zeros there."""
@@ -25,7 +27,7 @@ class TamedLinear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not keep_vars:
-            destination[prefix + "weight"] = destination[prefix + "weight"] * self.keep
+            destination[prefix + "weight"] = mapped(destination[prefix + "weight"], lambda rows: rows * self.keep)
 
 
 def tame_time(unet: Any, fastest: float) -> None:
