@@ -25,6 +25,7 @@ from diffdistill.trainer import Trainer
 
 NANS = ("weight", "gradient", "optimizer state", "data")
 STEPS = 40
+LIMIT = 4  # seconds of the watchdog: on a busy machine an import takes one
 
 
 def nans(kind: str, num: int, seed: int, place: Path) -> Row:
@@ -96,14 +97,16 @@ def stalls(num: int, seed: int, place: Path) -> Row:
     for index in range(num):
         folder, log, call = place / f"stall-{index}", place / f"stall-{index}.log", draws.randrange(2, STEPS)
         ends = index % 2 == 1
-        limits = ["watchdog.seconds=1", f"watchdog.exit_status={75 if ends else 'null'}"]
-        status = finished([*words, *limits, f"run_dir={folder}"], log, partial(stall, call, 1000.0 if ends else 2.0))
+        limits = [f"watchdog.seconds={LIMIT}", f"watchdog.exit_status={75 if ends else 'null'}"]
+        status = finished(
+            [*words, *limits, f"run_dir={folder}"], log, partial(stall, call, 1000.0 if ends else 2.5 * LIMIT)
+        )
         told = re.search(r'warning: rank 0 has stood still for \S+ s in "data" after step (\d+)', log.read_text())
         good = status == (75 if ends else 0) and told is not None and (folder / "stacks-0.txt").is_file()
         row.count(good, f"{status}: {log.read_text()[-300:]}")
         row.lost.append(max(0, last_logged(folder) - newest_step(folder)))
         if ends:
-            status = finished([*words, f"run_dir={folder}", "resume=auto"], log)
+            status = finished([*words, f"run_dir={folder}", "resume=auto", "watchdog=null"], log)
         row.went_on(status == 0 and same(whole, folder))
     return row
 
