@@ -101,14 +101,14 @@ def read_or_make(folder: Path, kind: str, key: str, make: Callable[[], Made]) ->
     """
     file = folder / f"{kind}-{key[:24]}.safetensors"
     found = ranks.on_main(lambda: _found(file, kind, key))
-    made = None if found else make()
-    if made is not None:
+    if not found:
+        made = make()
         ranks.on_main(lambda: _write(file, *made, key))
-    if made is None or not ranks.is_main():
-        made = _read(file, key)
-    if made is None:
+        if ranks.is_main():
+            return made, False
+    if (read := _read(file, key)) is None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
-    return made, found
+    return read, found
 
 
 def _found(file: Path, kind: str, key: str) -> bool:

@@ -14,10 +14,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,11 @@ MANIFEST, STATE = "manifest.json", "state.json"
 _ASIDE = ".writing-"  # being written, or left behind by a kill
 _DOOMED = ".removing-"  # being removed
 
-Tensors = Mapping[str, Mapping[str, Tensor]]  # file name without its ending -> tensors by name
+
+class Tensors(Protocol):
+    """File name without its ending -> tensors by name; gone through once."""
+
+    def items(self) -> Iterable[tuple[str, Mapping[str, Tensor]]]: ...
 
 
 class DamagedError(Exception):

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from diffdistill import checkpoint, logs, ranks
 from diffdistill.cached_tensors import Source, sources
+from diffdistill.checkpoint import Checkpoint
 from diffdistill.config import build, compose
 from diffdistill.config_types import dot, show
 from diffdistill.errors import UserError

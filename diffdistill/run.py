@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -121,10 +121,8 @@ class Run:
                 bar.update(task, completed=step, description="  ".join(shown[:3]))
 
             def evaluate(step: int) -> None:
-                try:
+                with suppress(StopRequested):  # the loop asks next, and saves a step whose evaluation is missing
                     self._evaluate_interim(step, signal)
-                except StopRequested:
-                    pass  # the loop asks next; the checkpoint is then of a step whose evaluation is missing
 
             def stop() -> bool:
                 return signal.requested or self.enough is not None

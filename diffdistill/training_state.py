@@ -20,7 +20,9 @@ Optimizers = dict[str, torch.optim.Optimizer]
 
 @dataclass
 class TrainingState:
-    """global_batch: samples of one step over all processes.  step: steps done.  seconds, cpu_seconds: of training alone.  dearest: CPU seconds of its dearest step.
+    """global_batch: samples of one step, of all processes.
+
+    step: steps done.  seconds, cpu_seconds: of training alone.  dearest: CPU seconds of its dearest step.
     made_cpu_seconds: of what the teacher made before it.  peak_bytes: of live tensors in one full
     step, 0 before that.
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest import MonkeyPatch as Patch
+import pytest
 
+Patch = pytest.MonkeyPatch
 HERE = Path(__file__).parent
 LIMIT = int(os.environ.get("LIMIT", "240"))  # seconds
 
