@@ -43,7 +43,7 @@ def parts(short: bool) -> dict[str, tuple[Part, int]]:
         "shard": (chaos_files.shards, 20 if short else 500),
         "full": (chaos_files.full_disks, 2 if short else 8),
         "read-only": (chaos_files.read_only, 1 if short else 4),
-        "rank": (chaos_steps.lost_rank, 0 if short else 3),
+        "rank": (chaos_steps.lost_rank, 0 if short else 2),
     }
 
 

@@ -208,7 +208,7 @@ def test_a_full_disk_is_one_message_and_what_was_committed_stands(
     assert main([*words, f"run_dir={tmp_path / 'moved'}", "trainer.steps=40", "resume=true"]) == 0
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("nth", [1, 4, 9])
 def test_no_room_at_any_moment_of_a_save_leaves_the_older_checkpoint(
     number: int, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
