@@ -10,7 +10,7 @@ PIP_FLAGS ?=
 export ARGS PIP_FLAGS PYTHON310 PYTHON312 PYTHON313 ALLOW_MISSING
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions lint assets clean
+.PHONY: help install quickstart figure leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions lint assets clean scaling
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
@@ -23,6 +23,7 @@ help:
 	@echo "make chaos        kills, nans, damaged files, full disks and stalls, into docs/faults.md: under 40 minutes"
 	@echo "make fuzz         10,200 random command lines"
 	@echo "make fuzz-kernel  random calls of the attention library under AddressSanitizer, for a minute"
+	@echo "make scaling      several processes: bytes of each, weak scaling, what checkpoints take"
 	@echo "make versions     the tests on the oldest libraries, Python 3.12 and 3.13; one: version-oldest"
 	@echo "make lint         ruff and mypy"
 	@echo "make assets       train the shipped networks again: runs/assets"
@@ -75,6 +76,9 @@ matrix: $(STAMP)
 
 chaos: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos.py --page docs/faults.md $(ARGS)
+
+scaling: $(STAMP)
+	for figure in bytes scaling saving; do $(BIN)/python tests/scale_out_figures.py $$figure $(ARGS); done
 
 fuzz: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --lines 10000 --real 200 $(ARGS)

@@ -277,8 +277,8 @@ class Trainer:
             names = [n for n, gradient in named if not whole(gradient).isfinite().all()]
             raise NonFiniteError(role, f"gradient of {names[0] if names else 'all weights'}", step)
         limit = self.clip.get(role, self.clip.get("default"))
-        if limit is not None and (scale := limit / (float(total) + 1e-6)) < 1:
-            torch._foreach_mul_(parts(gradients), scale)
+        if limit is not None:
+            torch._foreach_mul_(parts(gradients), (limit / (total + 1e-6)).clamp(max=1.0))
         factor = self._of(self.lr, role)(step, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor

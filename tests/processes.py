@@ -18,7 +18,6 @@ import pytest
 
 Patch = pytest.MonkeyPatch
 HERE = Path(__file__).parent
-LIMIT = int(os.environ.get("LIMIT", "240"))  # seconds
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def start(size: int, words: Sequence[str], extra: Mapping[str, str] | None = Non
 
 def ended(processes: Sequence[subprocess.Popen[str]]) -> list[Ended]:
     """Wait for them; one that hangs is made to show where, and ends with -6."""
-    found, until = [], time.monotonic() + LIMIT
+    found, until = [], time.monotonic() + float(os.environ.get("LIMIT", "240"))
     for process in processes:
         try:
             out, err = process.communicate(timeout=max(0.0, until - time.monotonic()))
@@ -150,6 +149,41 @@ def counted_reductions(patch: Patch) -> None:
 
     patch.setattr(group, "foreach_reduce", foreach_reduce)
     patch.after = lambda: print(f"REDUCTIONS {calls[0]}")  # type: ignore[attr-defined]
+
+
+def counted_bytes(patch: Patch) -> None:
+    """Tells what this process holds of roles, averages and optimizers after a run."""
+    from diffdistill.memory import optimizer_tensors
+    from diffdistill.shards import parts
+    from diffdistill.trainer import Trainer
+
+    original = Trainer.fit
+
+    def fit(self: Any, state: Any, *rest: Any) -> None:
+        original(self, state, *rest)
+        networks = state.networks
+        modules = [networks.teacher, *(networks.module(role) for role in networks.owned)]
+        weights = {id(weight): weight for module in modules for weight in module.parameters()}
+        averages = [tensor for average in networks.averages().values() for tensor in average.average]
+        held = parts([*weights.values(), *averages, *optimizer_tensors(state.optimizers.values())])
+        print(f"BYTES {sum(tensor.numel() * tensor.element_size() for tensor in held)}", file=sys.__stdout__)
+
+    patch.setattr(Trainer, "fit", fit)
+
+
+def timed_saves(patch: Patch) -> None:
+    """Tells the seconds of each checkpoint."""
+    from diffdistill.run import Run
+
+    original, seconds = Run._save, list[float]()
+
+    def save(self: Any, state: Any) -> None:
+        started = time.perf_counter()
+        original(self, state)
+        seconds.append(round(time.perf_counter() - started, 3))
+
+    patch.setattr(Run, "_save", save)
+    patch.after = lambda: print(f"SAVES {seconds}")  # type: ignore[attr-defined]
 
 
 def killed(patch: Patch, updates: int) -> None:

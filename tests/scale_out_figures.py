@@ -1,0 +1,119 @@
+"""Figures of several processes here: `python tests/scale_out_figures.py bytes|scaling|saving` (`make scaling`).
+
+bytes     what a process holds of roles, averages and optimizers, times the processes, over what one process holds
+scaling   seconds of a run by two processes against two such runs beside each other, which talk to nobody: the machine's
+          own loss is in both
+saving    share of the wall clock that checkpoints take, at one every 100 steps
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import processes
+
+BASE = ["train", "evaluation=none", "health=null", "probe=null", "trainer.log_every=1000"]
+WAN = "networks.config"
+# 50 M parameters in 12 blocks, on clips of 100 tokens
+TRANSFORMER = [
+    *BASE, "data=moving_digits", "data.frames=4", "data.size=20", "distiller=denoising",
+    "distiller.time_law.mean=1.0", "distiller.time_law.std=1.2", f"{WAN}.num_attention_heads=8",
+    f"{WAN}.attention_head_dim=64", f"{WAN}.ffn_dim=2048", f"{WAN}.num_layers=12", f"{WAN}.text_dim=32",
+    "trainer.batch_size=2",
+]  # fmt: skip
+CASES = {
+    "digits dmd2": [*BASE, "experiment=digits_dmd2", "trainer.batch_size=16"],
+    "digits dmd2, adapters": [
+        *BASE, "experiment=digits_dmd2", "trainer.batch_size=16", "roles.student=lora", "roles.fake_score=lora",
+    ],
+    "50 M transformer": TRANSFORMER,
+}  # fmt: skip
+STEPS = {"digits dmd2": 200, "50 M transformer": 15}
+
+
+def in_bytes(size: int) -> None:
+    """One step, then what lies where."""
+    for name, words in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            line = [*words, "trainer.steps=1", "patch=counted_bytes"]
+            alone = _counted(processes.run(1, [[*line, f"run_dir={folder}/one"]]))[0]
+            shares = _counted(processes.run(size, [[*line, f"run_dir={folder}/several"]]))
+        largest = max(shares)
+        print(
+            f"{name}: {alone} bytes alone; {shares} on {size}: largest x {size} / total = {largest * size / alone:.4f}"
+        )
+
+
+def _counted(found: list[processes.Ended]) -> list[int]:
+    for one in found:
+        if one.status or set(one.statuses) != {0}:
+            sys.exit(one.err[-3000:])
+    return [int(line[6:]) for one in found for line in one.out.splitlines() if line.startswith("BYTES ")]
+
+
+def scaling(tries: int, names: list[str]) -> None:
+    """Weak scaling of two processes, every try printed."""
+    for name in names:
+        ratios = []
+        for attempt in range(tries):
+            with tempfile.TemporaryDirectory() as folder:
+                line = [*CASES[name], f"trainer.steps={STEPS[name]}"]
+                joint = processes.start(2, _python([*line, f"run_dir={folder}/joint"]))
+                processes.ended(joint)
+                single = [processes.start(1, _python([*line, f"run_dir={folder}/{i}"]))[0] for i in range(2)]
+                processes.ended(single)
+                together = _seconds(folder, "joint")
+                beside = statistics.mean(_seconds(folder, str(i)) for i in range(2))
+            ratios.append(beside / together)
+            print(
+                f"{name}, try {attempt + 1}: {beside:.2f} s beside each other, {together:.2f} s together: "
+                f"{ratios[-1]:.3f}"
+            )
+        print(f"{name}: best {max(ratios):.3f}, median {statistics.median(ratios):.3f} of {tries}")
+
+
+def _python(line: list[str]) -> list[str]:
+    return ["-m", "processes", json.dumps([line])]
+
+
+def _seconds(folder: str, run: str) -> float:
+    return float(json.loads((Path(folder) / run / "summary.json").read_text())["wall_seconds"])
+
+
+def saving(size: int, steps: int) -> None:
+    """The 50 M transformer, saved every 100 steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = [f"trainer.steps={steps}", "trainer.checkpoint_every=100", "patch=timed_saves", f"run_dir={folder}/run"]
+        found = processes.run(size, [[*TRANSFORMER, *words]])
+        _counted(found)
+        saves = next(line for line in found[0].out.splitlines() if line.startswith("SAVES "))
+        spent, wall = sum(json.loads(saves[6:])), _seconds(folder, "run")
+    share = spent / (spent + wall)
+    print(f"{size} processes, {steps} steps in {wall:.1f} s, saves {saves[6:]} s: {share:.4f} of both")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figure", choices=["bytes", "scaling", "saving"])
+    parser.add_argument("--size", type=int, default=2, help="processes")
+    parser.add_argument("--tries", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=100, help="of the run that is saved")
+    parser.add_argument("--case", choices=list(STEPS), help="one of those that are timed")
+    given = parser.parse_args()
+    os.environ.setdefault("LIMIT", "3600")
+    if given.figure == "bytes":
+        in_bytes(given.size)
+    elif given.figure == "scaling":
+        scaling(given.tries, [given.case] if given.case else list(STEPS))
+    else:
+        saving(given.size, given.steps)
+
+
+if __name__ == "__main__":
+    main()
