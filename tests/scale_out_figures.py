@@ -14,11 +14,10 @@ import os
 import statistics
 import sys
 import tempfile
-from pathlib import Path
 
 import processes
 
-BASE = ["train", "evaluation=none", "health=null", "probe=null", "trainer.log_every=1000"]
+BASE = ["train", "evaluation=none", "health=null", "probe=null", "trainer.log_every=1000", "patch=training_alone"]
 WAN = "networks.config"
 # 50 M parameters in 12 blocks, on clips of 100 tokens
 TRANSFORMER = [
@@ -51,10 +50,16 @@ def in_bytes(size: int) -> None:
 
 
 def _counted(found: list[processes.Ended]) -> list[int]:
+    return [int(text) for text in _told(found, "BYTES")]
+
+
+def _told(found: list[processes.Ended], word: str) -> list[str]:
+    """What the processes printed after a word."""
     for one in found:
         if one.status or set(one.statuses) != {0}:
             sys.exit(one.err[-3000:])
-    return [int(line[6:]) for one in found for line in one.out.splitlines() if line.startswith("BYTES ")]
+    lines = (line for one in found for line in one.out.splitlines())
+    return [line.removeprefix(f"{word} ") for line in lines if line.startswith(f"{word} ")]
 
 
 def scaling(tries: int, names: list[str]) -> None:
@@ -65,11 +70,9 @@ def scaling(tries: int, names: list[str]) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 line = [*CASES[name], f"trainer.steps={STEPS[name]}"]
                 joint = processes.start(2, _python([*line, f"run_dir={folder}/joint"]))
-                processes.ended(joint)
+                together = statistics.mean(_seconds(processes.ended(joint)))
                 single = [processes.start(1, _python([*line, f"run_dir={folder}/{i}"]))[0] for i in range(2)]
-                processes.ended(single)
-                together = _seconds(folder, "joint")
-                beside = statistics.mean(_seconds(folder, str(i)) for i in range(2))
+                beside = statistics.mean(_seconds(processes.ended(single)))
             ratios.append(beside / together)
             print(
                 f"{name}, try {attempt + 1}: {beside:.2f} s beside each other, {together:.2f} s together: "
@@ -82,8 +85,8 @@ def _python(line: list[str]) -> list[str]:
     return ["-m", "processes", json.dumps([line])]
 
 
-def _seconds(folder: str, run: str) -> float:
-    return float(json.loads((Path(folder) / run / "summary.json").read_text())["wall_seconds"])
+def _seconds(found: list[processes.Ended]) -> list[float]:
+    return [float(text) for text in _told(found, "WALL")]
 
 
 def saving(size: int, steps: int) -> None:
@@ -91,11 +94,9 @@ def saving(size: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         words = [f"trainer.steps={steps}", "trainer.checkpoint_every=100", "patch=timed_saves", f"run_dir={folder}/run"]
         found = processes.run(size, [[*TRANSFORMER, *words]])
-        _counted(found)
-        saves = next(line for line in found[0].out.splitlines() if line.startswith("SAVES "))
-        spent, wall = sum(json.loads(saves[6:])), _seconds(folder, "run")
-    share = spent / (spent + wall)
-    print(f"{size} processes, {steps} steps in {wall:.1f} s, saves {saves[6:]} s: {share:.4f} of both")
+    saves, wall = json.loads(_told(found, "SAVES")[0]), _seconds(found)[0]
+    share = sum(saves) / (sum(saves) + wall)
+    print(f"{size} processes, {steps} steps in {wall:.1f} s, saves {saves} s: {share:.4f} of both")
 
 
 def main() -> None:
