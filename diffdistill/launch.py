@@ -112,6 +112,7 @@ class _Prepared:
     teacher_figures: dict[str, Any]
     sources: Mapping[str, Source]
     health: Health | None
+    probe: dict[str, Any] | None
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -134,12 +135,13 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
         if judge.teacher == "card":
             figures = harness.read_card(*card_of(settings["networks"]), judge, recipe.data, recipe.sampler.nfe)
     probe: Probe | None = build(settings.get("probe"))
+    asked = None
     if probe is not None and fresh and device.type != "meta":
-        ask(probe, recipe, settings["networks"])
+        asked = ask(probe, recipe, settings["networks"]).to_json()
     health: Health | None = build(settings.get("health"))
     for key in MADE.values():  # also where this method needs none: a mistake is told
         build(settings.get(key))
-    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health)
+    return _Prepared(part, recipe, trainer, judge, figures, sources(recipe, settings), health, asked)
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -170,7 +172,7 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
         recipe, made[key] = found.join(recipe), found.summary()
     run = Run(
         part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made,
-        prepared.health,
+        prepared.health, prepared.probe,
     )  # fmt: skip
     if part.settings["compile"]:
         recipe.networks.compile()

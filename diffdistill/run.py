@@ -24,9 +24,12 @@ from diffdistill.evaluation.health import judge, now
 from diffdistill.evaluation.vitals import Health, Vitals
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
+from diffdistill.machine import machine, versions
 from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
 from diffdistill.recipe import Recipe
-from diffdistill.run_folder import RunFolder, writing
+from diffdistill.report import or_tell, write_run_report
+from diffdistill.run_folder import RunFolder, say, writing
+from diffdistill.small_samples import keep_same_noise, keep_step, same_noise, spacing
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
 from diffdistill.trainer import NonFiniteError, Progress, Trainer
@@ -36,7 +39,8 @@ SCHEMA = 1  # of summary.json
 
 
 class Run:
-    """One training run and what it writes into `folder`, which the caller holds. teacher_figures: for the summary."""
+    """One training run and what it writes into `folder`, which the caller holds. teacher_figures: for the summary.
+    probe: what asking the teacher found, if it was asked."""
 
     def __init__(
         self,
@@ -48,10 +52,12 @@ class Run:
         teacher_figures: dict[str, Any],
         made: Mapping[str, Any] | None = None,
         health: Health | None = None,
+        probe: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
         self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
         self.health, self.alarms = health, dict[str, Verdict]()
+        self.probe, self.keeping = probe, True
         self.enough: Reason | None = None  # why training ended before its steps were over
         self.console = Console()
 
@@ -68,10 +74,11 @@ class Run:
         signal = StopSignal()
         with signal.watching(), writing(self.folder.path):
             self._open(state.step)
+            self.folder.add_start(state.step, {"machine": machine(), "versions": versions(), "probe": self.probe})
             try:
                 self._train(state, accelerator, signal)
                 with signal.at_once():
-                    return self._conclude(state)
+                    summary = self._conclude(state)
             except StopRequested:
                 assert signal.signal is not None
                 done = self.trainer.ended(state) or self.enough is not None
@@ -86,6 +93,10 @@ class Run:
             except NonFiniteError as error:
                 self.folder.add_metrics(state.step + 1, {"failed": str(error)})  # for `doctor`; dropped if it goes on
                 raise
+        with signal.watching():
+            self._report(state, signal)
+        self._print(summary)
+        return summary
 
     def _train(self, state: TrainingState, accelerator: Accelerator, signal: StopSignal) -> None:
         recipe = self.recipe
@@ -109,10 +120,20 @@ class Run:
                 return signal.requested or self.enough is not None
 
             progress = Progress(log, lambda step: self._save(state), evaluate, stop)
+            vitals = None
             if self.health is not None:
                 vitals = Vitals(self.health, recipe, self.trainer.batch_size, accelerator.autocast)
                 progress.before = lambda step: vitals.before(state)
-                progress.after = lambda step: self._watch(vitals, state)
+
+            def after(step: int) -> None:
+                if vitals is not None:
+                    self._watch(vitals, state)
+                if step % spacing(self.trainer.steps) == 0:
+                    self._keep(step)
+
+            progress.after = after
+            if state.step == 0:
+                self._keep(0)
             every = self.evaluation.every if self.evaluation else 0
             owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
             if owed and not self.folder.was_evaluated(state.step):  # a signal had cut it short
@@ -183,9 +204,34 @@ class Run:
         path = self.folder.path / "samples" / f"step-{step:08d}.png"
         draw_picture(data, self.recipe.distiller.generator, num, 0, path, networks)
 
+    def _keep(self, step: int) -> None:
+        """Keep a few samples for the report. A run outlives its pictures: what goes wrong here is told, once."""
+        if not self.keeping:
+            return
+        networks = self.recipe.networks
+        networks.train_only(())  # no dropout; the next phase chooses its own
+        try:
+            with networks.averaged():
+                keep_step(self.folder.path, step, self.recipe.data, self.recipe.distiller.generator, networks)
+        except (RuntimeError, ValueError, OSError) as error:
+            self.keeping = False
+            say(f"no more samples are kept for report.html: {str(error).splitlines()[0]}")
+
+    def _report(self, state: TrainingState, signal: StopSignal) -> None:
+        """Write report.html of a run that is finished, and stays so whatever happens here."""
+        try:
+            with or_tell(self.folder.path), signal.at_once():
+                with self.recipe.networks.averaged():
+                    drawn = same_noise(state.step, self.recipe)
+                keep_same_noise(self.folder.path, drawn)
+                write_run_report(self.folder)
+        except StopRequested:
+            say(f"no report.html was written: stopped before. diffdistill report run={self.folder.path} writes it.")
+
     def _conclude(self, state: TrainingState) -> dict[str, Any]:
         recipe = self.recipe
         summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}
+        self._keep(state.step)
         with recipe.networks.averaged():
             self._picture(state.step)
             if self.evaluation is not None:
@@ -202,6 +248,7 @@ class Run:
                 write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
             else:
                 self.console.print(f"no pipeline was written: {reason}", soft_wrap=True)
+                summary["no_pipeline"] = str(reason)
         summary |= {
             "wall_seconds": round(state.seconds, 2),
             "cpu_seconds": round(state.cpu_seconds, 2),
@@ -215,7 +262,6 @@ class Run:
         if course.keys("health/"):
             summary["health"] = [asdict(verdict) for verdict in judge(course)]
         self.folder.write_summary(summary)
-        self._print(summary)
         return summary
 
     def _print(self, summary: Mapping[str, Any]) -> None:
@@ -237,8 +283,9 @@ class Run:
         self._print_health(summary.get("health"))
         self.console.print("look at next:")
         folder = self.folder.path
-        picture = sorted((folder / "samples").iterdir())[-1]
-        for path in (picture, folder / "summary.json", folder / "factors.md", folder / "pipeline"):
+        picture = max((folder / "samples").glob("step-*.png"))
+        names = ("report.html", "summary.json", "factors.md", "pipeline")
+        for path in (picture, *(folder / name for name in names)):
             if not path.exists():
                 continue
             self.console.print(f"  {path}", soft_wrap=True, highlight=False)
