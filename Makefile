@@ -11,7 +11,7 @@ PIP_FLAGS ?=
 export ARGS PIP_FLAGS PYTHON310 PYTHON312 PYTHON313 ALLOW_MISSING
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions lint docs assets clean scaling
+.PHONY: help install quickstart figure leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions browser lint docs assets clean scaling
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
@@ -26,6 +26,7 @@ help:
 	@echo "make fuzz-kernel  random calls of the attention library under AddressSanitizer, for a minute"
 	@echo "make scaling      several processes: bytes of each, weak scaling, what checkpoints take"
 	@echo "make versions     the tests on the oldest libraries, Python 3.12 and 3.13; one: version-oldest"
+	@echo "make browser      a Chromium for the tests that open reports, where there is none; without it they are skipped"
 	@echo "make lint         ruff and mypy"
 	@echo "make docs         the site, from docs/ and the docstrings: build/docs/index.html; a warning is an error"
 	@echo "make assets       train the shipped networks again: runs/assets"
@@ -102,6 +103,12 @@ versions:
 
 version-%:
 	@.ci/versions $*
+
+# never fails: without a browser the tests that need one say that they were skipped
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		{ test "$$(id -u)" = 0 && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } || \
+		echo "no browser: install Chromium (apt-get install chromium) for the tests that open reports" >&2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from typing import Any
 from . import logs
 from .errors import UserError
 
-__all__ = ["UserError", "compare", "distill", "doctor", "evaluate", "export", "precompute", "sample", "train"]
+__all__ = ["UserError", "compare", "distill", "doctor", "evaluate", "export", "precompute", "report", "sample", "train"]
 
 
 def train(*overrides: str, **keys: Any) -> Any:
@@ -69,6 +69,11 @@ def compare(*overrides: str, **keys: Any) -> Any:
 def doctor(*overrides: str, **keys: Any) -> Any:
     """Report on the environment, or on a run: `diffdistill doctor`."""
     return _verb("doctor", overrides, keys)
+
+
+def report(*overrides: str, **keys: Any) -> Any:
+    """Write one HTML file about a run or a comparison: `diffdistill report`."""
+    return _verb("report", overrides, keys)
 
 
 def _verb(name: str, overrides: tuple[str, ...], keys: dict[str, Any]) -> Any:

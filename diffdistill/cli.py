@@ -93,6 +93,12 @@ VERBS = {
         "report on the environment, on a run's health, or on whether a teacher is read as it was trained",
         ("doctor", "doctor run=runs/x", "doctor networks=sd15 networks.path=DIR data=latents data.path=DIR"),
     ),
+    "report": Verb(
+        "diffdistill.report:report",
+        "report",
+        "write one HTML file about a run or a comparison: figures, samples, curves, verdicts",
+        ("report run=runs/x", "report run=runs/x out=x.html"),
+    ),
     "bench step": Verb(
         "diffdistill.bench:step",
         "bench_step",

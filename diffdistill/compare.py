@@ -33,6 +33,7 @@ from diffdistill.launch import card_of, train
 from diffdistill.machine import machine
 from diffdistill.pictures import where
 from diffdistill.recipe import MADE, Recipe, assemble
+from diffdistill.report import or_tell, write_compare_report
 from diffdistill.run_folder import RunFolder, read_json, writing
 from diffdistill.trainer import NonFiniteError
 
@@ -65,7 +66,8 @@ def compare(
     out: str | None,
     dry_run: bool,
 ) -> int:
-    """Train every named method and write out/table.csv, table.md, compare.json and two pictures; returns the status.
+    """Train every named method and write report.html, table.csv, table.md, compare.json and two pictures into `out`;
+    returns the status.
 
     data, data_name: a node of the group data and its name.  budget: a Budget.  overrides: of train, for all.
     Called again with the same `out` it goes on, or adds methods; the table is over all that are finished there.
@@ -235,8 +237,10 @@ def _conclude(plan: Plan, first: Entry, rows: Sequence[Row], console: Console) -
     with writing(folder, "out"):
         teachers = _teachers(folder, settings, all_rows)
         files = write_report(folder, settings, plan.shared, [*teachers, *all_rows], console)
+        with or_tell(folder):
+            write_compare_report(folder)
     console.print("look at next:")
-    for file in files:
+    for file in (folder / "report.html", *files):
         console.print(f"  {file}", soft_wrap=True, highlight=False)
     return 1 if any(row.error for row in all_rows) else 0
 

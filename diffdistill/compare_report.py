@@ -65,7 +65,7 @@ def write_report(
     ranked = _ranked(rows, distance)
     _csv(folder / "table.csv", ranked, columns)
     (folder / "table.md").write_text(markdown(ranked, columns) + "\n")
-    content = {"schema": 1, **shared, "rows": [asdict(row) for row in ranked]}
+    content = {"schema": 1, **shared, "columns": columns, "rows": [asdict(row) for row in ranked]}
     (folder / "table.json").write_text(json.dumps(content, indent=1) + "\n")
     console.print(_table(ranked, [c for c in columns if c in (*columns[:4], "nfe", "cpu_seconds", "iterations")]))
     files = [folder / "table.md", folder / "table.csv"]
@@ -78,7 +78,7 @@ def write_report(
 def markdown(rows: Sequence[Row], columns: Sequence[str]) -> str:
     """The table as Markdown, intervals in brackets."""
     lines = [f"| method | {' | '.join(columns)} |", "|" + "---|" * (len(columns) + 1)]
-    lines += [f"| {row.name} | {' | '.join(_cell(row, column) for column in columns)} |" for row in rows]
+    lines += [f"| {row.name} | {' | '.join(cell(row, column) for column in columns)} |" for row in rows]
     lines += [f"\n{row.name}: {row.error}" for row in rows if row.error]
     return "\n".join(lines)
 
@@ -112,11 +112,12 @@ def _split(names: Sequence[str]) -> list[str]:
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
     table = Table("method", *columns)
     for row in rows:
-        table.add_row(row.name, *(_cell(row, column, brief=True) for column in columns))
+        table.add_row(row.name, *(cell(row, column, brief=True) for column in columns))
     return table
 
 
-def _cell(row: Row, column: str, brief: bool = False) -> str:
+def cell(row: Row, column: str, brief: bool = False) -> str:
+    """A figure in words, with its interval unless it is to be brief."""
     if row.error:
         return "diverged"
     value = row.cells((column,)).get(column)
@@ -136,14 +137,14 @@ def _plot(folder: Path, rows: Sequence[Row], distance: str) -> Path:
     points = {
         row.name: (row.cpu_seconds, row.figures[distance])
         for row in rows
-        if row.cpu_seconds and _drawable(row, distance)
+        if row.cpu_seconds and drawable(row, distance)
     }
-    lines = {row.name: row.figures[distance] for row in rows if row.steps is None and _drawable(row, distance)}
+    lines = {row.name: row.figures[distance] for row in rows if row.steps is None and drawable(row, distance)}
     plots.distance_against_cost(points, lines, ("CPU seconds of training", distance), path)
     return path
 
 
-def _drawable(row: Row, distance: str) -> bool:
+def drawable(row: Row, distance: str) -> bool:
     """Whether a logarithmic axis has a place for it: an estimate of KL may be below 0, or infinite for one point."""
     return 0 < row.figures.get(distance, 0) < float("inf")
 

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,11 @@ from rich.table import Table
 
 from diffdistill.config import build, compose, gathered
 from diffdistill.errors import UserError
-from diffdistill.evaluation.course import Course, Verdict
+from diffdistill.evaluation.course import Verdict
 from diffdistill.evaluation.health import judge
 from diffdistill.probe import Probe, ask
 from diffdistill.recipe import assemble
+from diffdistill.run_course import condition_of
 from diffdistill.run_folder import RunFolder
 
 PACKAGES = (
@@ -103,17 +103,11 @@ def run_health(run: str) -> Report:
     """
     folder = RunFolder(Path(run))
     settings = folder.read_config("run")
-    steps = int(OmegaConf.select(settings, "trainer.steps", default=0))
-    lines, going = list(folder.metrics()), folder.in_use
-    file = folder.path / "metrics.jsonl"
-    idle = time.time() - file.stat().st_mtime if going and file.is_file() and not folder.is_finished else None
-    course = Course(lines, steps, idle)
-    failed = any("failed" in line for line in lines)
-    how = "finished" if folder.is_finished else "going on" if going else "failed" if failed else "stopped"
-    condition = f"{how}, step {course.step} of {steps}"
-    report = Report(condition, tuple(judge(course)))
+    found = condition_of(folder, settings)
+    course = found.course
+    report = Report(found.line, tuple(judge(course)))
     console = Console()
-    console.print(f"{run}: {condition}", soft_wrap=True, highlight=False)
+    console.print(f"{run}: {found.line}", soft_wrap=True, highlight=False)
     if not course.keys("health/"):
         every = OmegaConf.select(settings, "health.every", default=None)
         why = "its health was not measured" if every is None else f"nothing was measured before step {every}"

@@ -155,6 +155,7 @@ class _Prepared:
     health: Health | None
     watchdog: Watchdog | None
     tracker: Tracker
+    probe: dict[str, Any] | None
 
 
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
@@ -180,8 +181,9 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
         if judge.teacher == "card":
             figures = harness.read_card(*card_of(settings["networks"]), judge, recipe.data, recipe.sampler.nfe)
     probe: Probe | None = build(settings.get("probe"))
+    asked = None
     if probe is not None and fresh and device.type != "meta":
-        ask(probe, recipe, settings["networks"])
+        asked = ask(probe, recipe, settings["networks"]).to_json()
     health: Health | None = build(settings.get("health"))
     watchdog: Watchdog | None = build(settings.get("watchdog"))
     for key in MADE.values():  # also where this method needs none: a mistake is told
@@ -189,7 +191,7 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     tracker: Tracker = build(settings["tracker"])
     tracker.check()
     made = sources(recipe, settings)
-    return _Prepared(part, recipe, trainer, judge, figures, made, health, watchdog, tracker)
+    return _Prepared(part, recipe, trainer, judge, figures, made, health, watchdog, tracker, asked)
 
 
 def _source(part: Part, among: list[Part], key: str, where: str) -> Networks:
@@ -222,7 +224,7 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
         recipe, made[key] = found.join(recipe), found.summary()
     run = Run(
         part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made,
-        prepared.health, prepared.watchdog, prepared.tracker,
+        prepared.health, prepared.watchdog, prepared.tracker, prepared.probe,
     )  # fmt: skip
     if part.settings["compile"]:
         recipe.networks.compile()

@@ -1,7 +1,8 @@
-"""What a measurement of time ran on."""
+"""What a measurement of time ran on, and with which libraries."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 from pathlib import Path
@@ -19,6 +20,12 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of this package and what its results depend on most."""
+    names = ("diffdistill", "torch", "diffusers", "accelerate")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _processor() -> str:

@@ -76,11 +76,16 @@ def _description(name: str) -> str:
 
 def _docstring(name: str) -> str:
     """Of the module that configs/distiller/<name>.yaml points to, read without importing it."""
-    match = re.search(r"^_target_: diffdistill\.([\w.]+)\.\w+$", config_files.text(f"distiller/{name}"), re.MULTILINE)
+    match = re.search(r"^_target_: (diffdistill\.[\w.]+)$", config_files.text(f"distiller/{name}"), re.MULTILINE)
     if match is None:
         raise ValueError(f"distiller/{name}: needs a _target_ in diffdistill")
-    path = Path(__file__).parent / (match.group(1).replace(".", "/") + ".py")
-    return ast.get_docstring(ast.parse(path.read_text())) or ""
+    return docstring(match.group(1))
+
+
+def docstring(target: str) -> str:
+    """Of the module of a `_target_` in this package, without importing it; "" where there is none."""
+    path = Path(__file__).parent.joinpath(*target.split(".")[1:-1]).with_suffix(".py")
+    return ast.get_docstring(ast.parse(path.read_text())) or "" if path.is_file() else ""
 
 
 if __name__ == "__main__":

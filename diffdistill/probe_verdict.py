@@ -80,6 +80,11 @@ class Verdict:
             lines.append("probe: the teacher does not heed its condition: guidance does nothing")
         return lines
 
+    def to_json(self) -> dict[str, Any]:
+        """What the run folder keeps of it."""
+        residuals = [] if self.declared is None else list(self.declared.residuals)
+        return {"lines": self.lines(), "own": self.own, "levels": list(self.levels), "residuals": residuals}
+
     def _told(self, found: Finding) -> str:
         """A reading's figures."""
         text = f"{found.residual:.3g} of a straight line's residual"

@@ -30,11 +30,14 @@ from diffdistill.evaluation.vitals import Health, Vitals
 from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
 from diffdistill.finite import spoilt
+from diffdistill.machine import machine, versions
 from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
 from diffdistill.recipe import Recipe
-from diffdistill.run_folder import RunFolder, writing
+from diffdistill.report import or_tell, write_run_report
+from diffdistill.run_folder import RunFolder, say, writing
 from diffdistill.saved_run import load_run
 from diffdistill.shards import Gathered
+from diffdistill.small_samples import SameNoise, keep_same_noise, keep_step, same_noise, spacing
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
 from diffdistill.throughput import Meter
@@ -54,7 +57,8 @@ def _ask(signal: StopSignal) -> None:
 
 
 class Run:
-    """One training run and what it writes into `folder`, which the caller holds. teacher_figures: for the summary."""
+    """One training run and what it writes into `folder`, which the caller holds. teacher_figures: for the summary.
+    probe: what asking the teacher found, if it was asked."""
 
     def __init__(
         self,
@@ -68,12 +72,14 @@ class Run:
         health: Health | None = None,
         watchdog: Watchdog | None = None,
         tracker: Tracker | None = None,
+        probe: dict[str, Any] | None = None,
     ) -> None:
         self.folder, self.settings, self.recipe, self.trainer = folder, settings, recipe, trainer
         self.evaluation, self.teacher_figures, self.made = evaluation, teacher_figures, dict(made or {})
         self.health, self.alarms = health, dict[str, Verdict]()
         self.tracker: Tracker = tracker or Nowhere()
         self.tracked: Log = Silent()
+        self.probe, self.keeping = probe, True
         self.enough: Reason | None = None  # why training ended before its steps were over
         self.watchdog = watchdog or Watchdog(None)
         self.console = logs.console()
@@ -98,7 +104,7 @@ class Run:
             try:
                 with stacks.into(self.folder.path) as dump, self.watchdog.watching(dump):
                     self._train(state, accelerator, signal)
-                    return self._conclude(state, signal)
+                    summary = self._conclude(state, signal)
             except StopRequested:
                 signal.signal = next(one for one in ranks.all_say(signal.signal) if one is not None)
                 done = self.trainer.ended(state) or self.enough is not None
@@ -113,6 +119,11 @@ class Run:
             except NonFiniteError as error:
                 self._log(state.step + 1, {"failed": str(error)})  # for `doctor`; dropped if it goes on
                 raise
+        with signal.watching():
+            self._report(state, signal)
+        if ranks.is_main():
+            self._print(summary)
+        return summary
 
     def _train(self, state: TrainingState, accelerator: Accelerator, signal: StopSignal) -> None:
         recipe = self.recipe
@@ -134,17 +145,23 @@ class Run:
             def stop() -> bool:
                 return signal.requested or self.enough is not None
 
-            progress = Progress(log, lambda step: self._save(state), evaluate, stop, after=activity.ended)
+            progress = Progress(log, lambda step: self._save(state), evaluate, stop)
+            vitals = None
             if self.health is not None:
                 vitals = Vitals(self.health, recipe, self.trainer.batch_size, accelerator.autocast)
                 progress.before = lambda step: vitals.before(state)
 
-                def after(step: int) -> None:
-                    activity.ended(step)
-                    with during("health"):
+            def after(step: int) -> None:
+                activity.ended(step)
+                with during("health"):
+                    if vitals is not None:
                         self._watch(vitals, state)
+                    if step % spacing(self.trainer.steps) == 0:
+                        self._keep(step)
 
-                progress.after = after
+            progress.after = after
+            if state.step == 0:
+                self._keep(0)
             every = self.evaluation.every if self.evaluation else 0
             owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
             if owed and not ranks.on_main(lambda: self.folder.was_evaluated(state.step)):  # a signal had cut it short
@@ -183,6 +200,7 @@ class Run:
         checkpoint.set_aside(self.folder.checkpoints, step)
         for path in [self.folder.path / "pipeline", *self.folder.path.glob(".pipeline-*")]:
             shutil.rmtree(path, ignore_errors=True)
+        self.folder.add_start(step, {"machine": machine(), "versions": versions(), "probe": self.probe})
 
     @during("save")
     def _save(self, state: TrainingState) -> None:
@@ -267,9 +285,39 @@ class Run:
         if ranks.is_main():
             self.tracked.picture(step, "samples", path)
 
+    def _keep(self, step: int) -> None:
+        """Keep a few samples for the report. A run outlives its pictures: what goes wrong here is told, once."""
+        if not self.keeping:
+            return
+        networks = self.recipe.networks
+        networks.train_only(())  # no dropout; the next phase chooses its own
+        kept = True
+        try:
+            with networks.averaged():
+                keep_step(self.folder.path, step, self.recipe.data, self.recipe.distiller.generator, networks)
+        except (RuntimeError, ValueError, OSError) as error:
+            kept = False
+            say(f"no more samples are kept for report.html: {str(error).splitlines()[0]}")
+        self.keeping = not ranks.any_of(not kept)
+
+    def _report(self, state: TrainingState, signal: StopSignal) -> None:
+        """Write report.html of a run that is finished, and stays so whatever happens here."""
+        try:
+            with or_tell(self.folder.path), self._at_once(signal):
+                with self.recipe.networks.averaged():
+                    drawn = same_noise(state.step, self.recipe)
+                ranks.on_main(lambda: self._write_report(drawn))
+        except StopRequested:
+            say(f"no report.html was written: stopped before. diffdistill report run={self.folder.path} writes it.")
+
+    def _write_report(self, drawn: SameNoise) -> None:
+        keep_same_noise(self.folder.path, drawn)
+        write_run_report(self.folder)
+
     def _conclude(self, state: TrainingState, signal: StopSignal) -> dict[str, Any]:
         recipe = self.recipe
         summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}
+        self._keep(state.step)
         with recipe.networks.averaged(), self._at_once(signal), during("evaluate"):
             self._picture(state.step)
             if self.evaluation is not None:
@@ -306,7 +354,6 @@ class Run:
             summary["health"] = [asdict(verdict) for verdict in judge(course)]
         self.folder.write_summary(summary)
         self.tracked.figures(state.step, {f"evaluation/{key}": value for key, value in summary["student"].items()})
-        self._print(summary)
         return summary
 
     def _names(self) -> tuple[str, ...]:
@@ -324,6 +371,7 @@ class Run:
                 write_pipeline(recipe, self.folder.path / "pipeline", self.settings, summary)
         else:
             self.console.print(f"no pipeline was written: {reason}", soft_wrap=True)
+            summary["no_pipeline"] = str(reason)
 
     def _print(self, summary: Mapping[str, Any]) -> None:
         columns = [(name, summary[name]) for name in ("teacher", "student") if summary[name]]
@@ -344,8 +392,9 @@ class Run:
         self._print_health(summary.get("health"))
         self.console.print("look at next:")
         folder = self.folder.path
-        picture = sorted((folder / "samples").iterdir())[-1]
-        for path in (picture, folder / "summary.json", folder / "factors.md", folder / "pipeline"):
+        picture = max((folder / "samples").glob("step-*.png"))
+        names = ("report.html", "summary.json", "factors.md", "pipeline")
+        for path in (picture, *(folder / name for name in names)):
             if not path.exists():
                 continue
             self.console.print(f"  {path}", soft_wrap=True, highlight=False)

@@ -22,6 +22,7 @@ from diffdistill.checkpoint import Checkpoint
 from diffdistill.errors import UserError
 from diffdistill.evaluation.early_stop import loss_of
 
+STARTS_SCHEMA = 1  # of starts.json
 SCHEMA = 2  # of config.yaml; 1 had no key `schema`, no warm start, no stages
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the quota is used up", errno.EROFS: "it is read-only"}
 _FULL |= {errno.EACCES: "permission denied", errno.EPERM: "permission denied"}
@@ -202,6 +203,20 @@ class RunFolder:
         aside = self.path / ".summary.json"
         aside.write_text(json.dumps(summary, indent=1) + "\n")
         aside.replace(self.path / "summary.json")
+
+    def add_start(self, step: int, told: Mapping[str, Any]) -> None:
+        """Note in starts.json where a process begins, or goes on, and what is told of it."""
+        starts = [*self.starts(), {"step": step, **told}]
+        aside = self.path / ".starts.json"
+        aside.write_text(json.dumps({"schema": STARTS_SCHEMA, "starts": starts}, indent=1) + "\n")
+        aside.replace(self.path / "starts.json")
+
+    def starts(self) -> list[dict[str, Any]]:
+        """What `add_start` noted, in order; none where there is no such file, or one of another schema."""
+        with suppress(OSError, ValueError, AttributeError):
+            found = json.loads((self.path / "starts.json").read_text())
+            return list(found["starts"]) if found.get("schema") == STARTS_SCHEMA else []
+        return []
 
     def add_metrics(self, step: int, figures: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("a") as file:

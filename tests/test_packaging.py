@@ -62,9 +62,9 @@ def expected() -> set[str]:
     names = set()
     for name in source_files():
         top = name.split("/")[0]
-        if (top == "diffdistill" and (name.endswith((".py", "py.typed")) or "/assets/" in name)) or (
-            top in ("configs", "kernels") and name.endswith((".py", ".yaml", ".cpp", ".h", ".json"))
-        ):
+        if (
+            top == "diffdistill" and (name.endswith((".py", "py.typed")) or "/assets/" in name or "/templates/" in name)
+        ) or (top in ("configs", "kernels") and name.endswith((".py", ".yaml", ".cpp", ".h", ".json"))):
             names.add(name if top == "diffdistill" else f"diffdistill/{name}")
     return names
 

@@ -26,7 +26,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_writes_what_it_promises_and_nothing_else(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        ".lock", "config.yaml", "metrics.jsonl", "summary.json", "samples", "checkpoints"
+        ".lock", "config.yaml", "metrics.jsonl", "summary.json", "starts.json", "samples", "checkpoints", "report.html"
     }  # fmt: skip
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 8, 12]
@@ -40,7 +40,8 @@ def test_a_run_writes_what_it_promises_and_nothing_else(finished: Path) -> None:
 def test_the_summary_has_its_schema_and_protocol(finished: Path) -> None:
     summary = json.loads((finished / "summary.json").read_text())
     assert summary.keys() == {
-        "schema", "teacher", "student", "wall_seconds", "cpu_seconds", "iterations", "peak_memory_bytes", "protocol"
+        "schema", "teacher", "student", "wall_seconds", "cpu_seconds", "iterations", "peak_memory_bytes", "protocol",
+        "no_pipeline",
     }  # fmt: skip
     assert (summary["teacher"]["nfe"], summary["student"]["nfe"]) == (35, 1)
     assert {"swd", "precision", "recall", "density", "coverage", "latency_ms"} <= summary["student"].keys()
@@ -185,4 +186,4 @@ def test_weights_that_are_not_finite_stop_the_run_by_name(tmp_path: Path, capsys
     shown = capsys.readouterr().err
     assert "student" in shown
     assert "must be finite" in shown
-    assert not list(folder.rglob("*.safetensors"))
+    assert not list((folder / "checkpoints").rglob("*.safetensors"))
