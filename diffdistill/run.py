@@ -31,13 +31,12 @@ from diffdistill.export import refusal
 from diffdistill.export import write as write_pipeline
 from diffdistill.finite import spoilt
 from diffdistill.machine import machine, versions
-from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
 from diffdistill.recipe import Recipe
-from diffdistill.report import or_tell, write_run_report
-from diffdistill.run_folder import RunFolder, say, writing
+from diffdistill.run_folder import RunFolder, writing
+from diffdistill.run_pictures import RunPictures
 from diffdistill.saved_run import load_run
 from diffdistill.shards import Gathered
-from diffdistill.small_samples import SameNoise, keep_same_noise, keep_step, same_noise, spacing
+from diffdistill.small_samples import spacing
 from diffdistill.solvers import Sampler
 from diffdistill.stopping import StopRequested, StopSignal
 from diffdistill.throughput import Meter
@@ -79,7 +78,7 @@ class Run:
         self.health, self.alarms = health, dict[str, Verdict]()
         self.tracker: Tracker = tracker or Nowhere()
         self.tracked: Log = Silent()
-        self.probe, self.keeping = probe, True
+        self.probe, self.pictures = probe, RunPictures(folder, recipe)
         self.enough: Reason | None = None  # why training ended before its steps were over
         self.watchdog = watchdog or Watchdog(None)
         self.console = logs.console()
@@ -120,7 +119,7 @@ class Run:
                 self._log(state.step + 1, {"failed": str(error)})  # for `doctor`; dropped if it goes on
                 raise
         with signal.watching():
-            self._report(state, signal)
+            self.pictures.report(state.step, self._at_once(signal))
         if ranks.is_main():
             self._print(summary)
         return summary
@@ -157,11 +156,11 @@ class Run:
                     if vitals is not None:
                         self._watch(vitals, state)
                     if step % spacing(self.trainer.steps) == 0:
-                        self._keep(step)
+                        self.pictures.keep(step)
 
             progress.after = after
             if state.step == 0:
-                self._keep(0)
+                self.pictures.keep(0)
             every = self.evaluation.every if self.evaluation else 0
             owed = every and state.step and not self.trainer.ended(state) and state.step % every == 0
             if owed and not ranks.on_main(lambda: self.folder.was_evaluated(state.step)):  # a signal had cut it short
@@ -277,47 +276,14 @@ class Run:
         return ranks.on_main(judged)
 
     def _picture(self, step: int) -> None:
-        data, networks = self.recipe.data, self.recipe.networks
-        images = 8 * min(data.num_classes or 8, MOST_CLASSES)
-        num = {1: 2000, 4: MOST_CLIPS}.get(len(data.shape), images)
-        path = self.folder.path / "samples" / f"step-{step:08d}.png"
-        draw_picture(data, self.recipe.distiller.generator, num, 0, path, networks)
+        path = self.pictures.grid(step)
         if ranks.is_main():
             self.tracked.picture(step, "samples", path)
-
-    def _keep(self, step: int) -> None:
-        """Keep a few samples for the report. A run outlives its pictures: what goes wrong here is told, once."""
-        if not self.keeping:
-            return
-        networks = self.recipe.networks
-        networks.train_only(())  # no dropout; the next phase chooses its own
-        kept = True
-        try:
-            with networks.averaged():
-                keep_step(self.folder.path, step, self.recipe.data, self.recipe.distiller.generator, networks)
-        except (RuntimeError, ValueError, OSError) as error:
-            kept = False
-            say(f"no more samples are kept for report.html: {str(error).splitlines()[0]}")
-        self.keeping = not ranks.any_of(not kept)
-
-    def _report(self, state: TrainingState, signal: StopSignal) -> None:
-        """Write report.html of a run that is finished, and stays so whatever happens here."""
-        try:
-            with or_tell(self.folder.path), self._at_once(signal):
-                with self.recipe.networks.averaged():
-                    drawn = same_noise(state.step, self.recipe)
-                ranks.on_main(lambda: self._write_report(drawn))
-        except StopRequested:
-            say(f"no report.html was written: stopped before. diffdistill report run={self.folder.path} writes it.")
-
-    def _write_report(self, drawn: SameNoise) -> None:
-        keep_same_noise(self.folder.path, drawn)
-        write_run_report(self.folder)
 
     def _conclude(self, state: TrainingState, signal: StopSignal) -> dict[str, Any]:
         recipe = self.recipe
         summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}
-        self._keep(state.step)
+        self.pictures.keep(state.step)
         with recipe.networks.averaged(), self._at_once(signal), during("evaluate"):
             self._picture(state.step)
             if self.evaluation is not None:

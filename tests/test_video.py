@@ -25,7 +25,7 @@ from diffdistill.rng import Rng
 from diffdistill.solvers import flow_shift
 
 TINY = [
-    "data=moving_digits", "data.frames=4", "data.size=32", "networks=moving_digits", "experiment=none",
+    "data=moving_digits", "data.frames=4", "data.size=32", "networks=moving_digits_scratch", "experiment=none",
     "networks.config.num_attention_heads=2", "networks.config.attention_head_dim=16", "networks.config.ffn_dim=64",
     "networks.config.num_layers=2", "sampler.num_steps=6", "precision=fp32",
 ]  # fmt: skip
