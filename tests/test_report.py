@@ -15,7 +15,7 @@ import torch
 from browser import measured, needs_browser, opened, shape
 
 import diffdistill
-from diffdistill import report_run, run, small_samples
+from diffdistill import report_run, run, run_pictures, small_samples
 from diffdistill.cli import main
 from diffdistill.config import compose
 from diffdistill.data import Digits
@@ -259,7 +259,7 @@ def test_samples_that_cannot_be_kept_are_told_once_and_training_goes_on(
     def broken(*args: object) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run, "keep_step", broken)
+    monkeypatch.setattr(run_pictures, "keep_step", broken)
     assert main([*FASTEST, "trainer.steps=2", f"run_dir={tmp_path / 'x'}"]) == 0
     assert capsys.readouterr().err.count("out of memory") == 1
     assert "No samples were kept over training." in text_of((tmp_path / "x" / "report.html").read_text())
@@ -273,7 +273,10 @@ def test_keeping_samples_changes_nothing_of_a_run(tmp_path: Path, monkeypatch: p
     assert list(kept_steps(tmp_path / "a")) == [0, 7] and list(kept_steps(tmp_path / "b")) == list(range(8))
 
     def figures(folder: Path) -> list[dict[str, float]]:
-        return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in RunFolder(folder).metrics()]
+        return [
+            {k: v for k, v in line.items() if not k.startswith(("time/", "memory/"))}
+            for line in RunFolder(folder).metrics()
+        ]
 
     assert figures(tmp_path / "a") == figures(tmp_path / "b")
     ours, theirs = (kept_steps(tmp_path / name) for name in "ab")
@@ -284,7 +287,7 @@ def test_keeping_samples_changes_nothing_of_a_run(tmp_path: Path, monkeypatch: p
 def test_no_role_is_in_training_while_samples_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(run, "spacing", lambda steps: 1)
-    monkeypatch.setattr(run, "keep_step", lambda *arguments: seen.append(arguments[-1].training))
+    monkeypatch.setattr(run_pictures, "keep_step", lambda *arguments: seen.append(arguments[-1].training))
     assert main([*FASTEST, "trainer.steps=3", f"run_dir={tmp_path / 'x'}"]) == 0
     assert seen == [()] * 5  # at the start, after three steps and at the end
 
