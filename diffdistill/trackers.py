@@ -71,6 +71,11 @@ class Wandb:
 
     def check(self) -> None:
         _needs("wandb", "wandb")
+        if bad := sorted(set(self.project) & set("/\\#?%:")):
+            raise UserError(
+                "tracker.project", "must not hold any of / \\ # ? % :", repr(self.project), f"Leave out {bad[0]}"
+            )
+        _named(self.project)
         if self.mode == "online" and not _wandb_key():
             fix = "Set WANDB_API_KEY or run wandb login; mode=auto keeps the run on disk without one."
             raise UserError("tracker.mode", "online needs a key of Weights & Biases", "none", fix)
@@ -130,6 +135,7 @@ class Trackio:
 
     def check(self) -> None:
         _needs("trackio", "trackio")
+        _named(self.project)
 
     def open(self, folder: Path, name: str, config: Mapping[str, Any], step: int, tell: Callable[[str], None]) -> Log:
         from accelerate.tracking import TrackioTracker
@@ -248,6 +254,11 @@ def _trackio_picture(tracker: Any, step: int, name: str, path: Path) -> None:
 def _needs(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError("tracker", f"needs the package {package}", "not installed", f"pip install {extra}")
+
+
+def _named(project: str) -> None:
+    if not project.strip():
+        raise UserError("tracker.project", "must be a name", repr(project), "diffdistill is the default.")
 
 
 def _started(make: Callable[[], Any]) -> Any:

@@ -72,6 +72,9 @@ RANGES: dict[str, tuple[str, ...]] = {
     "iterations": COUNT,
     "seconds": POSITIVE,
     "overrides": ("[trainer.steps=3]", "[nowhere=1]"),
+    # trackers
+    "Wandb.project": ("''", "a/b"),
+    "Trackio.project": ("''",),
     # trainer
     "steps": COUNT,
     "accumulate": COUNT,
@@ -261,6 +264,9 @@ ANY_VALUE = {
     "Trainer.seed": "every integer seeds the package's own draws",
     "sample.seed": "every integer seeds the package's own draws",
     "name": "text for figures and cards",
+    "entity": "the service knows who there is",
+    "group": "text for the service",
+    "tags": "text for the service",
     "description": "text for model cards",
     "licence": "text for model cards",
     "negative": "any text",
