@@ -124,7 +124,7 @@ def test_a_run_that_was_cut_short_after_its_early_end_trains_no_further(
     folder, real = tmp_path / "r", run_module.Run._conclude
     words = [*WORDS, "evaluation.stop.metric=swd", "evaluation.stop.target=0.4", f"run_dir={folder}"]
 
-    def killed(self: Any, state: Any) -> Any:
+    def killed(self: Any, *given: Any) -> Any:
         raise KilledError
 
     monkeypatch.setattr(run_module.Run, "_conclude", killed)
