@@ -125,6 +125,7 @@ assets: $(STAMP)
 	$(BIN)/python -m diffdistill.shapes_pipeline --out runs/assets/shapes_base
 	$(BIN)/diffdistill train experiment=shapes_t2i_teacher networks.path=runs/assets/shapes_base \
 		run_dir=runs/assets/shapes_t2i $(ARGS)
+	$(BIN)/diffdistill train experiment=moving_digits_teacher run_dir=runs/assets/moving_digits $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache

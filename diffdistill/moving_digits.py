@@ -55,7 +55,7 @@ class MovingDigits:
 
     frames: int = 16
     size: int = 64
-    stride: int = 4
+    stride: int = 2
     zoom: int = 2
     name: str = field(default="moving_digits", init=False)
     num_classes: int = field(default=10 * len(DIRECTIONS), init=False)

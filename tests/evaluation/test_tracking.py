@@ -12,7 +12,7 @@ from diffdistill.evaluation.metrics import check_metrics, measure
 from diffdistill.moving_digits import DIRECTIONS, MovingDigits, bounced, prompts
 from diffdistill.rng import Rng
 
-DATA = MovingDigits()
+DATA = MovingDigits(stride=4)
 
 
 def clips(num: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
