@@ -21,7 +21,8 @@ BASE = ["train", "evaluation=none", "health=null", "probe=null", "trainer.log_ev
 WAN = "networks.config"
 # 50 M parameters in 12 blocks, on clips of 100 tokens
 TRANSFORMER = [
-    *BASE, "data=moving_digits", "data.frames=4", "data.size=20", "distiller=denoising",
+    *BASE, "data=moving_digits", "networks=moving_digits_scratch", "data.frames=4", "data.size=20",
+    "distiller=denoising",
     "distiller.time_law.mean=1.0", "distiller.time_law.std=1.2", f"{WAN}.num_attention_heads=8",
     f"{WAN}.attention_head_dim=64", f"{WAN}.ffn_dim=2048", f"{WAN}.num_layers=12", f"{WAN}.text_dim=32",
     "trainer.batch_size=2",
@@ -62,20 +63,20 @@ def _told(found: list[processes.Ended], word: str) -> list[str]:
     return [line.removeprefix(f"{word} ") for line in lines if line.startswith(f"{word} ")]
 
 
-def scaling(tries: int, names: list[str]) -> None:
+def scaling(tries: int, names: list[str], mesh: str) -> None:
     """Weak scaling of two processes, every try printed."""
     for name in names:
         ratios = []
         for attempt in range(tries):
             with tempfile.TemporaryDirectory() as folder:
-                line = [*CASES[name], f"trainer.steps={STEPS[name]}"]
+                line = [*CASES[name], f"trainer.steps={STEPS[name]}", f"parallel.mesh={mesh}"]
                 joint = processes.start(2, _python([*line, f"run_dir={folder}/joint"]))
                 together = statistics.mean(_seconds(processes.ended(joint)))
                 single = [processes.start(1, _python([*line, f"run_dir={folder}/{i}"]))[0] for i in range(2)]
                 beside = statistics.mean(_seconds(processes.ended(single)))
             ratios.append(beside / together)
             print(
-                f"{name}, try {attempt + 1}: {beside:.2f} s beside each other, {together:.2f} s together: "
+                f"{name}, mesh={mesh}, try {attempt + 1}: {beside:.2f} s beside each other, {together:.2f} s together: "
                 f"{ratios[-1]:.3f}"
             )
         print(f"{name}: best {max(ratios):.3f}, median {statistics.median(ratios):.3f} of {tries}")
@@ -106,12 +107,13 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100, help="of the run that is saved")
     parser.add_argument("--case", choices=list(STEPS), help="one of those that are timed")
+    parser.add_argument("--mesh", choices=["shard", "replicate"], default="shard", help="of the runs that are timed")
     given = parser.parse_args()
     os.environ.setdefault("LIMIT", "3600")
     if given.figure == "bytes":
         in_bytes(given.size)
     elif given.figure == "scaling":
-        scaling(given.tries, [given.case] if given.case else list(STEPS))
+        scaling(given.tries, [given.case] if given.case else list(STEPS), given.mesh)
     else:
         saving(given.size, given.steps)
 
