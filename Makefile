@@ -116,7 +116,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(SITE_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees $(ARGS) docs build/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
 
 assets: $(STAMP)
 	$(BIN)/diffdistill train experiment=digits_teacher run_dir=runs/assets/digits $(ARGS)
