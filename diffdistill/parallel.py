@@ -137,6 +137,17 @@ class Sharding:
         for root in self.roots:
             root.set_requires_gradient_sync(on)
 
+    def follow(self) -> None:
+        """Gathered weights of earlier calls take the requires_grad of their parts, as FSDP2 does at the next call: by
+        then a function transform may be under way (`torch.func.jvp`), which forbids it."""
+        for module in (module for root in self.roots for module in root.modules()):
+            if not isinstance(module, _fsdp().FSDPModule):
+                continue
+            for group in module._get_fsdp_state()._fsdp_param_groups:  # no public way leads there
+                for weight in group.fsdp_params:
+                    if hasattr(weight, "_unsharded_param"):
+                        weight._unsharded_param.requires_grad_(weight.sharded_param.requires_grad)
+
     def rest(self) -> None:
         """Back to parts alone, after a backward pass that synchronised, or calls without one.
 

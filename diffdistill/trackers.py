@@ -70,12 +70,12 @@ class Wandb:
     mode: Literal["auto", "online", "offline"] = "auto"
 
     def check(self) -> None:
-        _needs("wandb", "wandb")
         if bad := sorted(set(self.project) & set("/\\#?%:")):
             raise UserError(
                 "tracker.project", "must not hold any of / \\ # ? % :", repr(self.project), f"Leave out {bad[0]}"
             )
         _named(self.project)
+        _needs("wandb", "wandb")
         if self.mode == "online" and not _wandb_key():
             fix = "Set WANDB_API_KEY or run wandb login; mode=auto keeps the run on disk without one."
             raise UserError("tracker.mode", "online needs a key of Weights & Biases", "none", fix)
@@ -134,8 +134,8 @@ class Trackio:
     name: str | None = None
 
     def check(self) -> None:
-        _needs("trackio", "trackio")
         _named(self.project)
+        _needs("trackio", "trackio")
 
     def open(self, folder: Path, name: str, config: Mapping[str, Any], step: int, tell: Callable[[str], None]) -> Log:
         from accelerate.tracking import TrackioTracker

@@ -31,6 +31,7 @@ class Sharding(Protocol):
     """What `parallel.shard` leaves with networks."""
 
     def sync_gradients(self, on: bool) -> None: ...
+    def follow(self) -> None: ...
     def rest(self) -> None: ...
 
 
@@ -192,6 +193,8 @@ class Networks:
                 weight.requires_grad_(active)
             if self.modes.get(name) != "lora":
                 self._modules[name].train(active)
+        if self._sharding is not None and frozenset(names) != self._active:
+            self._sharding.follow()
         self._active = frozenset(names)
 
     @property
