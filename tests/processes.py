@@ -172,14 +172,18 @@ def counted_bytes(patch: Patch) -> None:
 
 
 def training_alone(patch: Patch) -> None:
-    """No pictures, figures and export at the end; tells the seconds of training."""
+    """No pictures, figures, export and report; tells the seconds of training."""
     from diffdistill.run import Run
+    from diffdistill.run_pictures import RunPictures
 
     def conclude(self: Any, state: Any, stop: Any) -> dict[str, Any]:
         print(f"WALL {state.seconds}", file=sys.__stdout__)
         return {}
 
     patch.setattr(Run, "_conclude", conclude)
+    patch.setattr(Run, "_print", lambda self, summary: None)
+    for name in ("keep", "report"):
+        patch.setattr(RunPictures, name, lambda self, *given: None)
 
 
 def timed_saves(patch: Patch) -> None:
