@@ -124,6 +124,11 @@ class Sharding:
 
     def __init__(self, roots: Sequence[Any]) -> None:
         self.roots = list(roots)
+        sharded = _fsdp().FSDPModule
+        modules = [module for root in self.roots for module in root.modules() if isinstance(module, sharded)]
+        # no public way leads to the gathered copies; walking all modules at every phase would cost more than a look
+        groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
+        self._weights = [weight for group in groups for weight in group.fsdp_params]
         self._called: list[Any] = []  # since the last rest
         for root in self.roots:
             root.register_forward_pre_hook(self._note, prepend=True)
@@ -140,13 +145,9 @@ class Sharding:
     def follow(self) -> None:
         """Gathered weights of earlier calls take the requires_grad of their parts, as FSDP2 does at the next call: by
         then a function transform may be under way (`torch.func.jvp`), which forbids it."""
-        for module in (module for root in self.roots for module in root.modules()):
-            if not isinstance(module, _fsdp().FSDPModule):
-                continue
-            for group in module._get_fsdp_state()._fsdp_param_groups:  # no public way leads there
-                for weight in group.fsdp_params:
-                    if hasattr(weight, "_unsharded_param"):
-                        weight._unsharded_param.requires_grad_(weight.sharded_param.requires_grad)
+        for weight in self._weights:
+            if hasattr(weight, "_unsharded_param"):
+                weight._unsharded_param.requires_grad_(weight.sharded_param.requires_grad)
 
     def rest(self) -> None:
         """Back to parts alone, after a backward pass that synchronised, or calls without one.

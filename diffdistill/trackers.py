@@ -11,7 +11,7 @@ import logging
 import netrc
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -83,11 +83,16 @@ class Wandb:
     def open(self, folder: Path, name: str, config: Mapping[str, Any], step: int, tell: Callable[[str], None]) -> Log:
         from accelerate.tracking import WandBTracker
 
-        known = _known(folder, "wandb")
         mode = self._mode()
 
         def begin(mode: str) -> Any:
-            keywords = {"id": known, "resume": "allow", "mode": mode, "dir": str(folder), "settings": _wandb_settings()}
+            keywords = {
+                "id": _known(folder, "wandb"),
+                "resume": "allow",
+                "mode": mode,
+                "dir": str(folder),
+                "settings": _wandb_settings(),
+            }
             told = {"name": self.name or name, "entity": self.entity, "group": self.group, "tags": list(self.tags)}
             return _started(lambda: WandBTracker(self.project, **keywords, **told))
 
@@ -140,10 +145,8 @@ class Trackio:
     def open(self, folder: Path, name: str, config: Mapping[str, Any], step: int, tell: Callable[[str], None]) -> Log:
         from accelerate.tracking import TrackioTracker
 
-        known = _known(folder, "trackio")  # it knows runs by their names
-
         def connect() -> Any:
-            unique = f"{self.name or name}-{known}"
+            unique = f"{self.name or name}-{_known(folder, 'trackio')}"  # it knows runs by their names
             return _started(lambda: TrackioTracker(self.project, name=unique, resume="allow", embed=False))
 
         return _Guarded("trackio", connect, _plain(config), _trackio_picture, tell)
@@ -185,8 +188,7 @@ class _Guarded:
             self._give_up(error)
 
     def figures(self, step: int, values: Mapping[str, Any]) -> None:
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
-        self._send(lambda: self.tracker.log(numbers, step=step))
+        self._send(lambda: self.tracker.log(dict(_flat(values)), step=step))
 
     def picture(self, step: int, name: str, path: Path) -> None:
         self._send(lambda: self.send_picture(self.tracker, step, name, path))
@@ -277,6 +279,16 @@ def _known(folder: Path, service: str) -> str:
         ids[service] = uuid.uuid4().hex[:8]
         file.write_text(json.dumps(ids) + "\n")
     return ids[service]
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Figures as services take them: an interval `NAME` is `NAME/low` and `NAME/high`; None was not measured."""
+    for key, value in values.items():
+        if isinstance(value, list | tuple):
+            low, high = value
+            yield from ((f"{key}/low", low), (f"{key}/high", high))
+        elif value is not None:
+            yield key, value
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -52,8 +52,8 @@ TOLD = {
     "gan x 1000": "term balance",
 }
 FIGURES = {  # of the second half
-    "critic lag": "lag/fake_score", "mean": "sample/mean", "std": "sample/std", "saturated": "sample/saturated",
-    "spread": "sample/spread", "memorised": "sample/memorised", "condition": "condition/student",
+    "mean": "sample/mean", "std": "sample/std", "saturated": "sample/saturated",
+    "spread": "sample/spread", "condition": "condition/student",
 }  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def row(name: str, course: Course) -> str:
     moved = [v for key in course.keys("health/update/") for _, v in course.series(f"health/update/{key}")]
     told = ", ".join(f"{verdict.name} ({verdict.step})" for verdict in alarms(course)) or "none"
     whole = [largest(moved), largest(values(course, "average/student")), balance(late)]
-    whole += [largest(values(course, "sample/distance"))]
+    whole += [ends(values(late, "lag/fake_score")), largest(values(course, "sample/distance"))]
     cells = [name, str(course.step), *whole, *(ends(values(late, key)) for key in FIGURES.values()), told]
     return "| " + " | ".join(cells) + " |"
 
@@ -171,7 +171,7 @@ def balance(course: Course) -> str:
 
 
 def title() -> str:
-    whole = ["largest update", "average", "terms", "distance at most"]
+    whole = ["largest update", "average", "terms", "critic lag", "distance at most"]
     names = ["run", "steps", *whole, *FIGURES, "alarms (step)"]
     return "| " + " | ".join(names) + " |\n|" + "---|" * len(names)
 
@@ -197,7 +197,7 @@ def main() -> None:
             words = [f"experiment={experiment}", f"trainer.seed={seed}", "stages={}", "init={}"]
             words += [f"trainer.steps={given.steps}"] if given.steps else []
             course, state, seconds = watched(words, given.every, sickness or "well")
-            print(row(f"{name} seed {seed}", course), flush=True)
+            print(row(f"{name}, seed {seed}" if given.seeds > 1 else name, course), flush=True)
 
 
 if __name__ == "__main__":

@@ -148,6 +148,20 @@ def test_a_package_that_is_missing_is_told_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_interval_is_two_figures_and_what_was_not_measured_is_none() -> None:
+    values = {"fd": 1.5, "fd_ci": [0.5, 2.0], "swd": None, "failed": "why"}
+    assert dict(trackers._flat(values)) == {"fd": 1.5, "fd_ci/low": 0.5, "fd_ci/high": 2.0, "failed": "why"}
+
+
+def test_a_damaged_file_of_ids_costs_the_tracker_alone(tmp_path: Path) -> None:
+    (tmp_path / trackers.IDS).write_text("{")
+    told: list[str] = []
+    log = trackers.Wandb(mode="offline").open(tmp_path, "run", {}, 0, told.append)
+    log.figures(1, {"loss": 1.0})
+    log.close()
+    assert len(told) == 1 and told[0].startswith("tracker wandb is off from here on")
+
+
 def test_online_without_a_key_is_refused() -> None:
     with pytest.raises(UserError, match=r"tracker\.mode online needs a key"):
         trackers.Wandb(mode="online").check()
