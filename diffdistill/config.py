@@ -143,7 +143,16 @@ def _default_run_dir(name: str, job: int | None) -> str:
 
 
 def call(cfg: DictConfig, function: Callable[..., Any]) -> Any:
-    """Call a verb with the keys of its root configuration, after `check`: mappings as DictConfig, lists as lists."""
+    """Call a verb with its root configuration's keys, after `check_verb`: mappings as DictConfig, lists as lists."""
+    check_verb(cfg, function)
+    hints = parameters(function)
+    values = {str(key): cfg[key] for key in cfg}
+    plain = {k: OmegaConf.to_container(v) if isinstance(v, ListConfig) else v for k, v in values.items()}
+    return function(**{key: convert(value, hints.get(key)) for key, value in plain.items()})
+
+
+def check_verb(cfg: DictConfig, function: Callable[..., Any]) -> None:
+    """`check` a verb's root configuration, and that each group in it names what to build: after ~GROUP none does."""
     check(cfg, function)
     hints = parameters(function)
     for key in config_files.groups():
@@ -151,9 +160,6 @@ def call(cfg: DictConfig, function: Callable[..., Any]) -> Any:
         if isinstance(node, DictConfig) and "_target_" not in node:
             fix = f"Choose it by its group: {key}=NAME."
             raise UserError(f"{key}._target_", "must name what to build", "nothing", fix)
-    values = {str(key): cfg[key] for key in cfg}
-    plain = {k: OmegaConf.to_container(v) if isinstance(v, ListConfig) else v for k, v in values.items()}
-    return function(**{key: convert(value, hints.get(key)) for key, value in plain.items()})
 
 
 def build(node: DictConfig | Mapping[str, Any] | None, **injected: Any) -> Any:

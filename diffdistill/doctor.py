@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from diffdistill.config import build, compose, gathered
+from diffdistill.config import build, check_verb, compose, gathered
 from diffdistill.errors import UserError
 from diffdistill.evaluation.course import Verdict
 from diffdistill.evaluation.health import judge
@@ -130,7 +130,10 @@ def run_health(run: str) -> Report:
 
 def _teacher(overrides: Sequence[str]) -> dict[str, Any]:
     """Ask the teacher of a recipe; its residuals by noise level."""
+    from diffdistill.launch import train  # with what only training needs
+
     settings = compose("train", [*overrides, "run_dir=none"])
+    check_verb(settings, train)
     probe: Probe | None = build(settings["probe"])
     if probe is None:
         raise UserError("probe", "must not be null here", None, "Leave it out.")

@@ -424,6 +424,14 @@ def test_training_is_refused_before_anything_is_written(
     assert capsys.readouterr().err == message
 
 
+@pytest.mark.parametrize("left_out", ["trainer", "trainer.seed", "networks", "sampler", "probe"])
+def test_doctor_is_told_what_its_recipe_lacks(left_out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from diffdistill.cli import main
+
+    assert main(["doctor", f"~{left_out}"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {left_out}")
+
+
 def test_doctor_asks_a_teacher_alone(capsys: pytest.CaptureFixture[str]) -> None:
     report = importlib.import_module("diffdistill.cli")
     assert report.main(["doctor", "data=gmm2d"]) == 0
