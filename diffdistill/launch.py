@@ -27,7 +27,7 @@ from diffdistill.evaluation.vitals import Health
 from diffdistill.hashing import file_sha256
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
-from diffdistill.parallel import Parallel, num_processes, shard
+from diffdistill.parallel import Parallel, num_processes
 from diffdistill.probe import Probe, ask
 from diffdistill.recipe import MADE, Recipe, assemble
 from diffdistill.run import Run
@@ -162,9 +162,10 @@ def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     """Build a part on `device`, every mistake told. among: the parts of a recipe whose stages have not run yet."""
     settings = part.settings
     several = ranks.place()[1] > 1 and device.type != "meta"
-    recipe = ranks.together(lambda: assemble(settings, device, "cpu" if several else device))
+    group: Parallel = build(settings["parallel"])
+    recipe = ranks.together(lambda: assemble(settings, device, "cpu" if several and group.sharded else device))
     if several:
-        shard(recipe.networks, build(settings["parallel"]).device_mesh())
+        group.spread(recipe.networks)
     trainer: Trainer = build(settings["trainer"])
     judge: Evaluation | None = build(settings["evaluation"])
     if judge is not None and judge.metrics == ():

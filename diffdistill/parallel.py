@@ -1,8 +1,10 @@
-"""Training over several processes: the group they form, the mesh, and every role sharded alike by FSDP2.
+"""Training over several processes: the group they form, the mesh, and every role spread alike: sharded by FSDP2, or
+left whole on each process.
 
-The only file that knows FSDP2 (`torch.distributed.fsdp.fully_shard`). A role's weights become DTensors, which `shards`
-reads and places; a network gathers the weights of one block when it is called, and gradients are averaged over all
-processes where they are stored. What a method computes does not change.
+The only file that knows FSDP2 (`torch.distributed.fsdp.fully_shard`). A sharded role's weights become DTensors, which
+`shards` reads and places; a network gathers the weights of one block when it is called, and gradients are averaged over
+all processes where they are stored. Replicas stay as they are, and their gradients are averaged together after the
+backward pass. What a method computes does not change.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ MeshKind = Literal["shard", "hybrid", "replicate"]
 # tensor when the interpreter has begun to end aborts the process (SIGABRT, "terminate called without an active
 # exception"); while this thread sleeps it gets its turn.
 _LAST_WORDS = 0.1  # seconds
+_BUCKET = 2**26  # bytes: large enough that latency does not show, small beside the weights
 _NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE, from whoever starts several
 
 
@@ -107,16 +110,65 @@ class Parallel:
             dist.destroy_process_group()
             time.sleep(_LAST_WORDS)
 
-    def device_mesh(self) -> Any:
-        """The mesh over all processes of the group."""
+    @property
+    def sharded(self) -> bool:
+        """Whether a process holds parts of weights."""
+        return self.mesh != "replicate"
+
+    def spread(self, networks: Networks) -> None:
+        """Spread every role over the processes of the group, in place."""
+        if self.sharded:
+            shard(networks, self._device_mesh())
+        else:
+            networks.spread(Replicas())
+
+    def _device_mesh(self) -> Any:
         from torch.distributed.device_mesh import init_device_mesh
 
         size = torch.distributed.get_world_size()
         kind = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.mesh == "shard":
+        if self.shard_size is None:
             return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-        inner = 1 if self.shard_size is None else self.shard_size
-        return init_device_mesh(kind, (size // inner, inner), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(kind, (size // self.shard_size, self.shard_size), mesh_dim_names=("replicate", "shard"))
+
+
+class Replicas:
+    """Networks that are whole on every process.
+
+    FSDP2 does this too, on a mesh of one column, but gathers copies of what is there already, and reduces block by
+    block; DDP's reducer does not know of phases that train some adapters of a shared backbone.
+    """
+
+    def sync_gradients(self, on: bool) -> None:
+        """Nothing: sums of several backward passes are averaged once, by `settle`."""
+
+    def follow(self) -> None:
+        """Nothing: there are no copies of weights."""
+
+    def rest(self) -> None:
+        """Nothing: weights are always whole."""
+
+    def settle(self, weights: Sequence[Tensor]) -> None:
+        """Average the gradients over all processes, in a few large messages; every process has as many."""
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            torch.distributed.all_reduce(flat)
+            flat /= torch.distributed.get_world_size()
+            parts = flat.split([gradient.numel() for gradient in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(own) for part, own in zip(parts, bucket, strict=True)])
+
+
+def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one dtype each, in order, up to `_BUCKET` bytes together."""
+    bucket: list[Tensor] = []
+    for gradient in gradients:
+        if bucket and (gradient.dtype != bucket[0].dtype or sum(g.nbytes for g in bucket) + gradient.nbytes > _BUCKET):
+            yield bucket
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        yield bucket
 
 
 class Sharding:
@@ -149,6 +201,10 @@ class Sharding:
             if hasattr(weight, "_unsharded_param"):
                 weight._unsharded_param.requires_grad_(weight.sharded_param.requires_grad)
 
+    def settle(self, weights: Sequence[Tensor]) -> None:
+        """After the last backward pass of an update, which has averaged the gradients: back to parts alone."""
+        self.rest()
+
     def rest(self) -> None:
         """Back to parts alone, after a backward pass that synchronised, or calls without one.
 
@@ -169,7 +225,7 @@ def shard(networks: Networks, mesh: Any) -> None:
         for block in blocks:
             block.register_forward_hook(_gathering(root))
         roots.append(root)
-    networks.sharded(Sharding(roots))
+    networks.spread(Sharding(roots))
 
 
 def _gathering(root: Any) -> Any:

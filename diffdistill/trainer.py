@@ -262,7 +262,7 @@ class Trainer:
                 raise NonFiniteError(*next((one for one in found if one is not None), term), step)
             accelerator.backward(loss.total / len(batches))
             losses.append(Loss({k: v.detach() for k, v in loss.terms.items()}, loss.stats))
-        networks.rest()
+        networks.settle(phase.trains)
         norms = {role: self.step(role, step, networks, optimizers[role]) for role in phase.trains}
         networks.update_ema(phase.trains)
         networks.zero_grad()

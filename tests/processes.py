@@ -77,6 +77,11 @@ def rank() -> int:
     return int(os.environ["RANK"])
 
 
+def in_small_messages(patch: Patch) -> None:
+    """Gradients of replicas are averaged a few weights at a time."""
+    patch.setattr("diffdistill.parallel._BUCKET", 3000)
+
+
 def in_float64(patch: Patch) -> None:
     """Networks, data and optimizers in float64: what is left of a difference is no rounding."""
     from diffdistill import recipe

@@ -27,11 +27,12 @@ from diffdistill.shards import placed
 Build = Literal["denoiser", "heads", "scalar"]
 
 
-class Sharding(Protocol):
-    """What `parallel.shard` leaves with networks."""
+class Spread(Protocol):
+    """What `parallel` leaves with networks that several processes train."""
 
     def sync_gradients(self, on: bool) -> None: ...
     def follow(self) -> None: ...
+    def settle(self, weights: Sequence[Tensor]) -> None: ...
     def rest(self) -> None: ...
 
 
@@ -111,7 +112,7 @@ class Networks:
                 rate = role.ema if callable(role.ema) else Constant(0.0 if role.ema is None else role.ema)
                 self._averages[name] = Ema(self.weights(role.ema_of), rate, self.weights(name))
         self._active = frozenset(self._modules)
-        self._sharding: Sharding | None = None
+        self._spread: Spread | None = None
         self.train_only(())
 
     # -- views ------------------------------------------------------------------------------------------------
@@ -193,8 +194,8 @@ class Networks:
                 weight.requires_grad_(active)
             if self.modes.get(name) != "lora":
                 self._modules[name].train(active)
-        if self._sharding is not None and frozenset(names) != self._active:
-            self._sharding.follow()
+        if self._spread is not None and frozenset(names) != self._active:
+            self._spread.follow()
         self._active = frozenset(names)
 
     @property
@@ -202,23 +203,28 @@ class Networks:
         """Names of the roles of the last `train_only`."""
         return tuple(name for name in self._modules if name in self._active)
 
-    def sharded(self, sharding: Sharding) -> None:
-        """The modules have been sharded in place, before any optimizer or evaluation average was made."""
+    def spread(self, how: Spread) -> None:
+        """The modules have been spread in place, before any optimizer or evaluation average was made."""
         assert not self.averages()
-        self._sharding = sharding
+        self._spread = how
         self._weights = {name: list(module.parameters()) for name, module in self._modules.items()}
         for name, average in self._averages.items():
             average.over(self.weights(str(self.roles[name].ema_of)), self.weights(name))
 
     def sync_gradients(self, on: bool) -> None:
         """Whether the next backward pass averages gradients over processes; all but the last micro-batch's wait."""
-        if self._sharding is not None:
-            self._sharding.sync_gradients(on)
+        if self._spread is not None:
+            self._spread.sync_gradients(on)
+
+    def settle(self, names: Sequence[str]) -> None:
+        """After the last backward pass of an update of these roles: their gradients are the mean over processes."""
+        if self._spread is not None:
+            self._spread.settle([weight for name in names for weight in self._weights[name]])
 
     def rest(self) -> None:
         """After calls, each process holds its part of the weights alone, as readers and optimizers expect them."""
-        if self._sharding is not None:
-            self._sharding.rest()
+        if self._spread is not None:
+            self._spread.rest()
 
     def zero_grad(self) -> None:
         for weights in self._weights.values():
