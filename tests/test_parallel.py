@@ -13,7 +13,7 @@ import pytest
 import torch
 from interruption import assert_equal, killed_after, outcome
 
-from diffdistill import ranks
+from diffdistill import config_files, ranks
 from diffdistill.cli import main
 from diffdistill.config import build, compose
 from diffdistill.data import Mixture2D
@@ -35,6 +35,7 @@ CASES = {
 }  # fmt: skip
 STATISTICS = ["experiment=gmm2d_f_distill", "evaluation=none", "health=null", "probe=null", "trainer.log_every=1"]
 HALVES = ["trainer.batch_size=8", "trainer.accumulate=2"]  # on one process what two do with the first of them alone
+OF_THE_BATCH = ("gmm2d_f_distill", "gmm2d_uni_instruct")
 WHOLE, HALF = ["trainer.batch_size=16"], ["trainer.batch_size=8"]
 
 
@@ -85,6 +86,28 @@ def test_two_processes_have_the_curves_of_one(steps: int, tmp_path: Path) -> Non
     print(found)
     assert found.pop(("lora on one backbone", "shard")) < 5e-4
     assert max(found.values()) < 1e-6
+
+
+@pytest.mark.slow
+def test_every_method_has_the_curve_of_one(tmp_path: Path) -> None:
+    """Every experiment on points, its pairs and trajectories included; sharded and as replicas.
+
+    Two of them take ratios over the whole batch: one process has it in one piece.
+    """
+    names = [name for name in config_files.groups()["experiment"] if name.startswith("gmm2d_")]
+    quiet = ["evaluation=none", "health=null", "probe=null", "trainer.log_every=1"]
+    words = {name: ["train", f"experiment={name}", *quiet, "trainer.steps=6"] for name in names}
+    meshes, lines = ("shard", "replicate"), []
+    for name, line in words.items():
+        alone = WHOLE if name in OF_THE_BATCH else HALVES
+        assert main([*line, *alone, f"run_dir={tmp_path / name / 'one'}"]) == 0
+        lines += [[*line, *HALF, f"parallel.mesh={mesh}", f"run_dir={tmp_path / name / mesh}"] for mesh in meshes]
+    succeeded(processes.run(2, lines))
+    found = {(n, m): apart(tmp_path / n / "one", tmp_path / n / m) for n in words for m in meshes}
+    print({key: value for key, value in found.items() if value})
+    assert max(found.pop((name, mesh)) for name in OF_THE_BATCH for mesh in meshes) < 5e-3
+    assert max(found.values()) < 5e-4
+    assert max(value for (_, mesh), value in found.items() if mesh == "replicate") == 0
 
 
 @pytest.mark.slow
