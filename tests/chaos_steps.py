@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import re
@@ -131,9 +130,6 @@ PATIENCE = 30  # seconds that a process waits for the others
 def lost_rank(num: int, seed: int, place: Path) -> Row:
     """One of two processes is killed: the other must end with a message, in time; then both go on."""
     row, draws = Row("one of two processes killed", "survived"), random.Random(seed)
-    if importlib.util.find_spec("diffdistill.parallel") is None:
-        row.skipped = "this version trains on one process"
-        return row
     words = [*QUICK, f"parallel.timeout={PATIENCE}"]
     whole = place / "two"
     if [p.wait() for p in pair([*words, "trainer.steps=60", f"run_dir={whole}"], place / "two.log")] != [0, 0]:
