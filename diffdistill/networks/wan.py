@@ -65,9 +65,8 @@ class Wan(nn.Module):
             raise UserError("networks", wanted, found, "Change data or networks.")
         for axis, size, patch in zip(("frames", "height", "width"), shape[1:], config.patch_size, strict=True):
             if size % patch:
-                raise UserError(
-                    f"networks.patch_size ({axis})", f"must divide {size}", patch, "Change the data's size."
-                )
+                constraint = f"must cut the data's {axis}, {size}, into whole patches"
+                raise UserError("networks", constraint, f"patches of {patch}", "Change data's size, or networks.")
         if num_classes != len(self.prompts) - 1:
             constraint = f"must have a prompt for each of the data's {num_classes} classes, and the null one"
             raise UserError("networks", constraint, f"{len(self.prompts)} prompts", "Choose the data it was made for.")

@@ -41,7 +41,7 @@ def test_it_is_checked_against_the_data(network: Wan) -> None:
     for shape, classes, what in (
         ((1, 8, 8), 80, "shape"),
         ((3, 16, 32, 32), 80, "shape"),
-        ((1, 16, 31, 32), 80, "must divide 31"),
+        ((1, 16, 31, 32), 80, "must cut the data.s height, 31, into whole patches, got patches of"),
         ((1, 16, 32, 32), 10, "prompt for each"),
     ):
         with pytest.raises(UserError, match=what):
