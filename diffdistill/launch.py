@@ -42,8 +42,8 @@ from diffdistill.watchdog import Watchdog
 # What may differ when a run goes on: where it lies, how often it saves and who looks on, not what it computes.
 _FREE = ("trainer.checkpoint_every", "trainer.keep", "watchdog", "watchdog.seconds", "watchdog.exit_status")
 # How the same samples are spread over processes: a checkpoint fits any, `_check_global_batch` sees that they are those.
-_SPREAD = ("trainer.batch_size", "trainer.accumulate", "parallel.mesh", "parallel.shard_size", "parallel.backend",
-           "parallel.timeout")  # fmt: skip
+_SPREAD = ("trainer.batch_size", "trainer.accumulate", "parallel.mesh", "parallel.shard_size",
+           "parallel.reshard_after_forward", "parallel.backend", "parallel.timeout")  # fmt: skip
 _GIVEN = (*_FREE, *_SPREAD)
 _NOT_COMPARED = ("run_dir", "resume", "dry_run", "command", "probe", "parallel", *_GIVEN)
 _NOT_COMPARED_BELOW = ("probe.", "watchdog.")

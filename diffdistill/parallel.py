@@ -43,14 +43,17 @@ def num_processes() -> int:
 @dataclass(frozen=True)
 class Parallel:
     """mesh: shard spreads weights, gradients, optimizers and averages over all processes; hybrid over groups of
-    `shard_size`, of which each holds everything; replicate leaves everything on each.  backend: of the collectives,
-    null is nccl where there is a GPU, else gloo.  timeout: seconds that a process waits for the others.
+    `shard_size`, of which each holds everything; replicate leaves everything on each.  reshard_after_forward: whether
+    a block is let go of after its forward pass, and gathered again by the backward one; else a network stays gathered
+    from its first call to the update.  backend: of the collectives, null is nccl where there is a GPU, else gloo.
+    timeout: seconds that a process waits for the others.
 
     One process needs none of it, whatever is asked.
     """
 
     mesh: MeshKind = "shard"
     shard_size: int | None = None
+    reshard_after_forward: bool = True
     backend: Literal["gloo", "nccl"] | None = None
     timeout: float = 1800.0
 
@@ -118,7 +121,7 @@ class Parallel:
     def spread(self, networks: Networks) -> None:
         """Spread every role over the processes of the group, in place."""
         if self.sharded:
-            shard(networks, self._device_mesh())
+            shard(networks, self._device_mesh(), self.reshard_after_forward)
         else:
             networks.spread(Replicas())
 
@@ -208,20 +211,21 @@ class Sharding:
     def rest(self) -> None:
         """Back to parts alone, after a backward pass that synchronised, or calls without one.
 
-        A call that ended at a recorded block (`Denoiser.features`) leaves a network's outer weights gathered.
+        A call that ended at a recorded block (`Denoiser.features`) leaves a network's outer weights gathered, and any
+        call all of them with reshard_after_forward=false.
         """
         for root in self._called:
             root.reset_iter_state()
         self._called.clear()
 
 
-def shard(networks: Networks, mesh: Any) -> None:
+def shard(networks: Networks, mesh: Any, reshard_after_forward: bool = True) -> None:
     """Shard every role over the mesh, in place: each network by its blocks, heads, scalars and adapters as one."""
     fully_shard = _fsdp().fully_shard
     roots = []
     for root, blocks in _modules(networks):
         for module in (*blocks, root):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward)
         for block in blocks:
             block.register_forward_hook(_gathering(root))
         roots.append(root)

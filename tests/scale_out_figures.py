@@ -34,6 +34,11 @@ CASES = {
     ],
     "50 M transformer": TRANSFORMER,
 }  # fmt: skip
+MESHES = {
+    "shard": [],
+    "gathered": ["parallel.reshard_after_forward=false"],
+    "replicate": ["parallel.mesh=replicate"],
+}
 STEPS = {"digits dmd2": 200, "50 M transformer": 15}
 
 
@@ -69,7 +74,7 @@ def scaling(tries: int, names: list[str], mesh: str) -> None:
         ratios = []
         for attempt in range(tries):
             with tempfile.TemporaryDirectory() as folder:
-                line = [*CASES[name], f"trainer.steps={STEPS[name]}", f"parallel.mesh={mesh}"]
+                line = [*CASES[name], f"trainer.steps={STEPS[name]}", *MESHES[mesh]]
                 joint = processes.start(2, _python([*line, f"run_dir={folder}/joint"]))
                 together = statistics.mean(_seconds(processes.ended(joint)))
                 single = [processes.start(1, _python([*line, f"run_dir={folder}/{i}"]))[0] for i in range(2)]
@@ -107,7 +112,7 @@ def main() -> None:
     parser.add_argument("--tries", type=int, default=5)
     parser.add_argument("--steps", type=int, default=100, help="of the run that is saved")
     parser.add_argument("--case", choices=list(STEPS), help="one of those that are timed")
-    parser.add_argument("--mesh", choices=["shard", "replicate"], default="shard", help="of the runs that are timed")
+    parser.add_argument("--mesh", choices=list(MESHES), default="shard", help="of the runs that are timed")
     given = parser.parse_args()
     os.environ.setdefault("LIMIT", "3600")
     if given.figure == "bytes":

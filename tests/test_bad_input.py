@@ -260,6 +260,7 @@ ANY_VALUE = {
     "upscale": "both are legal",
     "bench step.quick": "both are legal",
     "bench attention.quick": "both are legal",
+    "Parallel.reshard_after_forward": "both are legal",
     "Parallel.backend": "one process has no collectives; a name that is none is refused",
     "Trainer.seed": "every integer seeds the package's own draws",
     "sample.seed": "every integer seeds the package's own draws",
