@@ -68,13 +68,13 @@ def _told(found: list[processes.Ended], word: str) -> list[str]:
     return [line.removeprefix(f"{word} ") for line in lines if line.startswith(f"{word} ")]
 
 
-def scaling(tries: int, names: list[str], mesh: str) -> None:
-    """Weak scaling of two processes, every try printed."""
+def scaling(tries: int, names: list[str], mesh: str, extra: list[str]) -> None:
+    """Weak scaling of two processes, every try printed. extra: words of all runs."""
     for name in names:
         ratios = []
         for attempt in range(tries):
             with tempfile.TemporaryDirectory() as folder:
-                line = [*CASES[name], f"trainer.steps={STEPS[name]}", *MESHES[mesh]]
+                line = [*CASES[name], f"trainer.steps={STEPS[name]}", *MESHES[mesh], *extra]
                 joint = processes.start(2, _python([*line, f"run_dir={folder}/joint"]))
                 together = statistics.mean(_seconds(processes.ended(joint)))
                 single = [processes.start(1, _python([*line, f"run_dir={folder}/{i}"]))[0] for i in range(2)]
@@ -113,12 +113,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of the run that is saved")
     parser.add_argument("--case", choices=list(STEPS), help="one of those that are timed")
     parser.add_argument("--mesh", choices=list(MESHES), default="shard", help="of the runs that are timed")
+    parser.add_argument(
+        "--batch-size", type=int, help="of a process, of the runs that are timed; the case's own if not given"
+    )
     given = parser.parse_args()
     os.environ.setdefault("LIMIT", "3600")
     if given.figure == "bytes":
         in_bytes(given.size)
     elif given.figure == "scaling":
-        scaling(given.tries, [given.case] if given.case else list(STEPS), given.mesh)
+        extra = [f"trainer.batch_size={given.batch_size}"] if given.batch_size else []
+        scaling(given.tries, [given.case] if given.case else list(STEPS), given.mesh, extra)
     else:
         saving(given.size, given.steps)
 
