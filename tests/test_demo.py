@@ -6,16 +6,15 @@ import base64
 import io
 import re
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from browser import BROWSER, needs_browser
+from browser import needs_browser
 from PIL import Image
+from screenshots import chromium, demo_of
 from torch import Tensor, nn
 
 from diffdistill import demo, demo_page
@@ -246,33 +245,15 @@ def test_samples_are_one_picture_of_their_values(shape: tuple[int, ...], kind: s
     assert image.convert("L").getpixel((tile + tile // 2, tile // 2)) == 0
 
 
-@pytest.fixture
-def address(one_step: Path) -> Iterator[str]:
-    """Of a server started by the command line."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["demo", f"pipeline={one_step}", "teacher=asset:digits", f"port={port}"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "diffdistill", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert server.stdout is not None and server.stderr is not None
-    line = server.stdout.readline()
-    yield line.partition(" ")[0]
-    server.send_signal(2)
-    assert server.wait(30) == 0
-    assert server.stderr.read() == ""
-
-
 @needs_browser
-def test_a_visitor_gets_both_pictures_and_nothing_is_asked_elsewhere(address: str, tmp_path: Path) -> None:
+def test_a_visitor_gets_both_pictures_and_nothing_is_asked_elsewhere(one_step: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    assert address.startswith("http://127.0.0.1:")
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=_path(), args=["--no-sandbox"])
+    pytest.importorskip("playwright.sync_api")
+    with demo_of(f"pipeline={one_step}", "teacher=asset:digits") as address, chromium() as browser:
+        assert address.startswith("http://127.0.0.1:")
         for size, scheme, dark in (((1280, 900), "light", False), ((360, 740), "dark", True)):
             page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+            page.set_default_timeout(60_000)
             said: list[str] = []
             asked: list[str] = []
             page.on("console", lambda message, said=said: said.append(message.text))
@@ -282,10 +263,12 @@ def test_a_visitor_gets_both_pictures_and_nothing_is_asked_elsewhere(address: st
             assert "default-src 'self'" in answer.headers["content-security-policy"]
             page.get_by_label("Seed").fill("3")
             page.get_by_role("button", name="Generate").click()
+            page.wait_for_selector("#together :text('of the time')")  # what is filled in last
             for name, words in (("teacher", "35 network evaluations"), ("student", "1 network evaluation ")):
-                image = page.wait_for_selector(f"#{name}-drawn img", timeout=60_000)
+                image = page.locator(f"#{name}-drawn img").first
+                image.evaluate("image => image.decode()")
                 assert image.evaluate("image => image.naturalWidth") > 300
-                text = page.inner_text(f"#{name}-measured")
+                text = page.locator(f"#{name}-measured").first.inner_text()
                 assert words in text
                 assert re.search(r"[\d.]+ (ms|s) ", text)
             assert page.evaluate("document.scrollingElement.scrollWidth") == size[0]
@@ -295,11 +278,3 @@ def test_a_visitor_gets_both_pictures_and_nothing_is_asked_elsewhere(address: st
             assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
             taken = page.screenshot(path=tmp_path / f"{scheme}.png", full_page=True)
             assert Image.open(io.BytesIO(taken)).width == size[0]
-        browser.close()
-
-
-def _path() -> str:
-    import shutil
-
-    assert BROWSER is not None
-    return shutil.which(BROWSER) or BROWSER
