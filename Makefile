@@ -11,11 +11,14 @@ PIP_FLAGS ?=
 export ARGS PIP_FLAGS PYTHON310 PYTHON312 PYTHON313 ALLOW_MISSING
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart figure leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions browser lint docs assets clean scaling
+.PHONY: help install quickstart figure notebooks screenshots demo leaderboard regression test test-slow matrix chaos fuzz fuzz-kernel versions browser lint docs assets clean scaling
 
 help:
 	@echo "make quickstart   distil the digits teacher to one step, on a CPU, in minutes: runs/quickstart"
 	@echo "make figure       the README's picture, from runs/quickstart"
+	@echo "make demo         runs/quickstart beside its teacher, in a browser on this machine"
+	@echo "make notebooks    run the notebooks from top to bottom; an error, or 120 seconds, ends it: docs/notebooks"
+	@echo "make screenshots  the pictures of docs/: a report and the demo, from runs/quickstart"
 	@echo "make leaderboard  eleven methods on the digits, one budget, in two hours on one core: runs/leaderboard"
 	@echo "make regression   ten methods that regress on targets, 600 CPU seconds each: runs/regression"
 	@echo "                  then make leaderboard-page or regression-page: docs/NAME.md, .csv and .png"
@@ -28,7 +31,7 @@ help:
 	@echo "make versions     the tests on the oldest libraries, Python 3.12 and 3.13; one: version-oldest"
 	@echo "make browser      a Chromium for the tests that open reports, where there is none; without it they are skipped"
 	@echo "make lint         ruff and mypy"
-	@echo "make docs         the site, from docs/ and the docstrings: build/docs/index.html; a warning is an error"
+	@echo "make docs         the site, from docs/, the notebooks and the docstrings: build/docs/index.html; a warning is an error"
 	@echo "make assets       train the shipped networks again: runs/assets"
 	@echo "make clean        remove what builds and tests leave behind"
 
@@ -56,6 +59,12 @@ quickstart: $(STAMP)
 
 figure: $(STAMP)
 	$(BIN)/python -m diffdistill.evaluation.figure runs/quickstart docs/teacher_and_student.png
+
+demo: $(STAMP)
+	$(BIN)/diffdistill demo pipeline=runs/quickstart/pipeline teacher=asset:digits $(ARGS)
+
+screenshots: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/screenshots.py runs/quickstart docs
 
 # METHODS may be split between processes that share out=runs/leaderboard; the last call collects
 METHODS ?= diff_instruct,dmd,dmd2,vsd,sid,sida,sid_lsg,sid_few_step,sim,f_distill,uni_instruct
@@ -115,7 +124,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(SITE_STAMP)
+# executed copies, which the site shows; made again when a notebook or what it runs changed
+NOTEBOOKS := $(patsubst notebooks/%,docs/notebooks/%,$(wildcard notebooks/*.ipynb))
+RUN_BY_NOTEBOOKS := $(shell find diffdistill configs kernels -name '*.py' -o -name '*.yaml' -o -name '*.safetensors')
+notebooks: $(NOTEBOOKS)
+
+docs/notebooks/%.ipynb: notebooks/%.ipynb docs/execute_notebook.py $(RUN_BY_NOTEBOOKS) | $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python docs/execute_notebook.py $< $@
+
+docs: $(SITE_STAMP) $(NOTEBOOKS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -d build/doctrees docs build/docs
 
 assets: $(STAMP)
@@ -128,5 +145,5 @@ assets: $(STAMP)
 	$(BIN)/diffdistill train experiment=moving_digits_teacher run_dir=runs/assets/moving_digits $(ARGS)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build docs/notebooks dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

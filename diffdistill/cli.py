@@ -99,6 +99,15 @@ VERBS = {
         "write one HTML file about a run or a comparison: figures, samples, curves, verdicts",
         ("report run=runs/x", "report run=runs/x out=x.html"),
     ),
+    "demo": Verb(
+        "diffdistill.demo:demo",
+        "demo",
+        "serve a page on this machine: teacher and student side by side, from the same seed",
+        (
+            "demo pipeline=runs/x/pipeline teacher=asset:digits",
+            "demo pipeline=runs/mine/pipeline teacher=FOLDER_OR_HUB_ID",
+        ),
+    ),
     "bench step": Verb(
         "diffdistill.bench:step",
         "bench_step",

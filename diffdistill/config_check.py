@@ -40,6 +40,7 @@ _OF_THE_PROGRAM = tuple(
     for name in (
         "cli", "cli_run", "cli_help", "config", "config_check", "config_files", "config_errors", "config_types",
         "launch", "verbs", "distill", "compare", "planner", "doctor", "bench", "measurement", "precompute",
+        "demo", "demo_page",
         "export_check", "kernels.attention.build", "kernels.attention.bench_threads",
         "kernels.attention.triton_kernels.evidence", "__main__",
     )

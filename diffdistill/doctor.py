@@ -35,6 +35,7 @@ PACKAGES = (
 EXTRAS = {
     "xformers": ("xformers",),
     "metrics": ("timm", "open_clip"),
+    "demo": ("gradio",),
     "notebooks": ("jupyterlab", "nbclient"),
     "dev": ("pytest", "ruff", "mypy"),
 }

@@ -69,7 +69,7 @@ def same_draws(
 ) -> Tensor:
     """The generator's samples from the noise that a pipeline draws with seed 0, times `scale`."""
     device = recipe.networks.device
-    draws = _TorchDraws(0, device)
+    draws = TorchDraws(0, device)
     z = draws.normal((num, *recipe.data.shape), torch.float32)
     cond = {key: value.to(device) for key, value in cond.items()}
     return generator.sample(scale * z, cond, draws).cpu()  # type: ignore[arg-type]
@@ -84,13 +84,13 @@ def check_close(ours: Tensor, theirs: Tensor, tolerance: float) -> float:
     return difference
 
 
-class _TorchDraws:
+class TorchDraws:
     """Our generator's draws taken from torch's, in the order the stock pipeline takes them."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.source, self.device = torch.Generator().manual_seed(seed), device
 
-    def fork(self, name: str) -> _TorchDraws:
+    def fork(self, name: str) -> TorchDraws:
         return self
 
     def normal(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -32,13 +32,14 @@ class PipelineSampler:
     """A diffusers pipeline folder as a sampler. It draws its own noise, seeded by rng; z is only its batch size.
 
     call: keyword arguments of every call, from the folder's call.json if it has one.  prompts: of each class, for
-    pipelines that are told in words.
+    pipelines that are told in words.  settled: whether a call.json says how it is called.
     """
 
     pipeline: Any
     call: dict[str, Any]
     nfe: int
     prompts: tuple[str, ...] = ()
+    settled: bool = False
 
     @classmethod
     def load(cls, folder: str, steps: int | None = None) -> PipelineSampler:
@@ -78,7 +79,7 @@ class PipelineSampler:
             raise _refused(path / CALL, f"must hold keywords of the pipeline's call, not {unknown[0]}", fix)
         default = signature["num_inference_steps"].default if "num_inference_steps" in signature else 1
         nfe = contract.get("nfe", default) if steps is None else steps
-        return cls(pipeline, call, nfe, tuple(contract.get("prompts", ())))
+        return cls(pipeline, call, nfe, tuple(contract.get("prompts", ())), (path / CALL).is_file())
 
     @torch.no_grad()
     def sample(self, z: Tensor, cond: Cond, rng: Rng) -> Tensor:
@@ -96,18 +97,21 @@ class PipelineSampler:
                     "pipeline", "must take class_labels for data with classes", type(self.pipeline), "Use another."
                 )
             inputs["class_labels"] = cond["label"].to(self.pipeline.device)
-        generator = torch.Generator().manual_seed(rng.torch_seed())
+        images = self.made(inputs, torch.Generator().manual_seed(rng.torch_seed()))
+        if images.ndim == 5 and z.shape[1] == 1:  # a grey video in three channels
+            images = images.mean(1, keepdim=True)
+        return images * 2 - 1
+
+    @torch.no_grad()
+    def made(self, inputs: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """What one call makes of `inputs`: images [B, C, H, W], or videos [B, C, T, H, W], in [0, 1]."""
         try:
             made = self.pipeline(**inputs, **self.call, generator=generator, output_type="pt")
         except Exception as error:  # diffusers and torch refuse values of call.json, or steps, in their own ways
             fix = f"{first_line(error)} Mend call.json or steps, or export it again."
             raise UserError("pipeline", f"must run with {self.call}", type(self.pipeline).__name__, fix) from error
         images = torch.as_tensor(made.images if hasattr(made, "images") else made.frames)
-        if images.ndim == 5:  # videos come frame by frame
-            images = images.transpose(1, 2)
-            if z.shape[1] == 1:  # a grey video in three channels
-                images = images.mean(1, keepdim=True)
-        return images * 2 - 1
+        return images.transpose(1, 2) if images.ndim == 5 else images  # videos come frame by frame
 
 
 def _located(name: str) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -230,13 +230,21 @@ def sample(denoiser: Denoiser, solver: Solver, times: tuple[float, ...], z: Tens
     z: [B, *shape] unit noise. Returns the state at times[-1], where the last step is DDIM's (its end is x0 up to
     t_min, and a second evaluation there would be wasted).
     """
+    for state in states(denoiser, solver, times, z, cond):
+        x = state
+    return x
+
+
+def states(denoiser: Denoiser, solver: Solver, times: tuple[float, ...], z: Tensor, cond: Cond) -> Iterator[Tensor]:
+    """The states [B, *shape] at each of `times` that `sample` passes through, from the noise to its result."""
     step = solver.start() if isinstance(solver, DPMpp2M) else solver
     grid = [torch.full((z.shape[0],), time, dtype=_time_dtype(z), device=z.device) for time in times]
     x = expand(denoiser.process.alpha_sigma(grid[0])[1], z) * z
+    yield x
     for index, (t, s) in enumerate(itertools.pairwise(grid)):
         last = index == len(grid) - 2 and solver is heun
         x = (ddim if last else step)(denoiser, x, t, s, cond)
-    return x
+        yield x
 
 
 def _time_dtype(z: Tensor) -> torch.dtype:

@@ -10,13 +10,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import docstrings
+import mathml
 import site_parts
 
 project = "diffdistill"
 version = release = metadata.version("diffdistill")
 copyright = "the authors of diffdistill, Apache-2.0"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc"]
+if missing := site_parts.missing_notebooks():
+    raise SystemExit(f"docs/notebooks/ lacks executed copies of {', '.join(missing)}: run make notebooks first")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc"]
+nb_execution_mode = "off"  # make notebooks has executed them
+myst_enable_extensions = ["dollarmath", "html_image"]
+html_math_renderer = "mathml"
 exclude_patterns = ["_build", "examples"]
 
 myst_heading_anchors = 3
@@ -54,6 +61,7 @@ def setup(app):
         # what other files decide: Sphinx watches the pages alone
         return [name for name in env.found_docs if site_parts.depends(Path(env.doc2path(name)).read_text())]
 
+    mathml.setup(app)
     app.connect("env-get-outdated", outdated)
     app.connect("source-read", read)
     app.connect("autodoc-process-signature", signed)

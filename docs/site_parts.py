@@ -16,21 +16,33 @@ from diffdistill import cli_help, config_files, methods
 from diffdistill.cli import VERBS
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "readme.md", "kernels/README.md": "kernels.md", "CONTRIBUTING.md": "contributing.md"}
+NOTEBOOKS = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+PAGES = {
+    "README.md": "readme.md",
+    "kernels/README.md": "kernels.md",
+    "CONTRIBUTING.md": "contributing.md",
+    **{f"notebooks/{name}": f"notebooks/{name}" for name in NOTEBOOKS},  # executed copies: make notebooks
+}
 OPTIONAL = ("scale_out",)  # pages that a table of contents may name before they are written
 _PART = re.compile(r"^<!-- site: (\w+)(?: (\S+))? -->$", re.MULTILINE)
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
 
 
+def missing_notebooks() -> list[str]:
+    """Notebooks whose executed copies are not there."""
+    return [name for name in NOTEBOOKS if not (ROOT / "docs" / "notebooks" / name).is_file()]
+
+
 def filled(text: str, folder: str = "docs") -> str:
-    """A page's Markdown with its parts in place; links to the files that have a page here lead to it.
+    """A page's text with its parts in place; links to the files that have a page here lead to it.
 
     folder: where the page lies, relative to the root of the project.
     """
     for name in OPTIONAL:
         if not (ROOT / "docs" / f"{name}.md").exists():
             text = text.replace(f"\n{name}\n", "\n")
-    return _PART.sub(lambda found: PARTS[found[1]](*filter(None, [found[2]])), relinked(text, folder, folder))
+    source = "notebooks" if folder == "docs/notebooks" else folder  # where it was written
+    return _PART.sub(lambda found: PARTS[found[1]](*filter(None, [found[2]])), relinked(text, source, folder))
 
 
 def depends(text: str) -> bool:

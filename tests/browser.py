@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 BROWSER = next((name for name in ("chromium", "chromium-browser", "google-chrome") if shutil.which(name)), None)
+BROWSER_PATH = None if BROWSER is None else shutil.which(BROWSER)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium: make browser")
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",

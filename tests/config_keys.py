@@ -23,6 +23,7 @@ from diffdistill.config_types import arms, dot, item_hint, parameters
 MANDATORY = {
     "run": "FINISHED", "out": "exported", "data.path": "IMAGES", "networks.path": "asset:digits",
     "path": "IMAGES/../captioned", "model": "IMAGES/../families/sd15", "prompts": "IMAGES/../prompts.txt",
+    "pipeline": "asset:shapes_t2i",
 }  # fmt: skip
 
 
@@ -73,6 +74,7 @@ def _given(key: str, words: tuple[str, ...]) -> str:
 
 
 def _choices() -> Iterator[tuple[str, tuple[str, ...]]]:
+    yield "demo", ("dry_run=true",)
     yield from (("sample", ("run=FINISHED",)), ("evaluate", ("run=FINISHED",)), ("export", ()), ("doctor", ()))
     yield from (("report", ("run=FINISHED",)),)
     yield from (("bench step", ()), ("bench attention", ()), ("train", ("experiment=gmm2d_dmd2",)))  # points are quick

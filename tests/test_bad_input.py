@@ -72,6 +72,10 @@ RANGES: dict[str, tuple[str, ...]] = {
     "iterations": COUNT,
     "seconds": POSITIVE,
     "overrides": ("[trainer.steps=3]", "[nowhere=1]"),
+    # demo
+    "demo.teacher": ("nowhere", "asset:nowhere", "asset:gmm2d", "asset:digits"),
+    "demo.host": ("''", "203.0.113.1"),
+    "demo.port": ("0", "65536"),
     # trackers
     "Wandb.project": ("''", "a/b"),
     "Trackio.project": ("''",),
@@ -243,6 +247,7 @@ RANGES: dict[str, tuple[str, ...]] = {
 ANY_VALUE = {
     "compare.seed": "every integer seeds the package's own draws",
     "compare.dry_run": "both are legal",
+    "demo.dry_run": "both are legal",
     "evaluate.teacher": "both are legal for a run",
     "evaluate.clips": "refused for a folder that holds none, without meaning for a generator",
     **{

@@ -267,7 +267,7 @@ def test_module_and_console_script_are_the_same_command(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("diffdistill ", "bench compare distill doctor evaluate export plan precompute report sample train"),
+        ("diffdistill ", "bench compare demo distill doctor evaluate export plan precompute report sample train"),
         ("diffdistill bench ", "attention step"),
         ("diffdistill sample see", "seed="),
         ("diffdistill bench step pai", "pairs="),
@@ -298,7 +298,7 @@ def test_every_shipped_option_composes_and_fits_its_annotations(choice):
     check(compose("train", [choice, *alone, *GIVEN.get(choice, [])]), function_of(VERBS["train"]))
 
 
-@pytest.mark.parametrize("name", [name for name in VERBS if name not in ("export", "precompute", "report")])
+@pytest.mark.parametrize("name", [name for name in VERBS if name not in ("demo", "export", "precompute", "report")])
 def test_every_verb_accepts_its_own_configuration(name):
     given = ["model=x", "prompts=y"] if name == "distill" else []
     check(compose(VERBS[name].config, given), function_of(VERBS[name]))

@@ -73,12 +73,17 @@ def scatter(samples: Tensor, reference: Tensor, path: str | Path) -> None:
 
 
 def panels(samples: Mapping[str, Tensor], reference: Tensor, path: str | Path, columns: int) -> None:
-    """Write one panel per name: images [n, C, H, W] in [-1, 1] as a grid of `columns`, points [n, d] over reference.
+    """Write `panels_figure` to `path`."""
+    check_picture(path)
+    panels_figure(samples, reference, columns).savefig(str(path), dpi=100)
+
+
+def panels_figure(samples: Mapping[str, Tensor], reference: Tensor, columns: int) -> Any:
+    """One panel per name: images [n, C, H, W] in [-1, 1] as a grid of `columns`, points [n, d] over reference.
 
     Points share one frame, the reference's with a margin; those outside are counted in a corner. Of more coordinates
     the first two are shown, of one its histogram.
     """
-    check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -103,7 +108,7 @@ def panels(samples: Mapping[str, Tensor], reference: Tensor, path: str | Path, c
             axes.imshow(tiles.permute(1, 2, 0).numpy(), interpolation="nearest")
         else:
             _points(axes, values.float(), reference.float())
-    figure.savefig(str(path), dpi=100)
+    return figure
 
 
 def _points(axes: Any, values: Tensor, reference: Tensor) -> None:
