@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
-from diffdistill.networks.call import Call, Pass, Seen, current_call, enter, note_pass, note_seen
+from diffdistill.networks.call import Ask, Call, asked, current_call, enter, watched
 from diffdistill.process import VELOCITY, X0, Kind, NoiseProcess, expand
 
 Cond = Mapping[str, Tensor]  # batch first; a null condition has batch 1 and is expanded
@@ -153,12 +153,13 @@ class Denoiser:
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int]) -> list[Tensor]:
         """Outputs of blocks `layers` at (x_t, t) without guidance; the network stops after the last of them."""
-        with self._hooked(layers, stop=True) as features, suppress(_EarlyStop):
-            self._raw(x_t, t, t, cond)
-        outputs = [features[layer][0] for layer in layers]
-        graph = any(output.requires_grad for output in outputs)
-        note_pass(Pass(self.role, len(x_t), graph, x_t.requires_grad and graph, tuple(layers)))
-        return outputs
+
+        def recorded(x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+            with self._hooked(layers, stop=True) as features, suppress(_EarlyStop):
+                self._raw(x_t, t, t, cond)
+            return [features[layer][0] for layer in layers]
+
+        return asked(Ask(self.role, recorded, (x_t, t, cond), x_t, tuple(layers)))
 
     @contextmanager
     def _hooked(self, layers: Sequence[int], stop: bool) -> Iterator[dict[int, list[Tensor]]]:
@@ -205,11 +206,15 @@ class Denoiser:
         missing = {name: torch.full_like(t, value) for name, value in self.inputs if name not in cond}
         cond = {**cond, **missing} if missing else cond
         s = self.network.time(cond["s"]) if "s" in cond else None
+        inputs = (x_in, self.network.time(t), t, s, cond)
+        if not watched():
+            return self._enter(*inputs)
+        return asked(Ask(self.role, self._enter, inputs, x, state=(self.network, x, t_state, cond)))
+
+    def _enter(self, x_in: Tensor, t_net: Tensor, t: Tensor, s: Tensor | None, cond: Cond) -> Tensor:
+        """The network alone, in a call of this role."""
         with enter(Call(self.role, t, cond.get("step"), cond.get("w"), s)):
-            out = self.network(x_in, self.network.time(t), cond)
-        note_pass(Pass(self.role, len(x), out.requires_grad, x.requires_grad and out.requires_grad))
-        note_seen(Seen(self.role, self.network, x, t_state, cond, out))
-        return out
+            return self.network(x_in, t_net, cond)
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ class Networks:
                 self._build_heads(name, role)
             elif role.build == "scalar":
                 self._modules[name] = self._views[name] = Scalar().to(self._device)
+                self._views[name].role = name
         self._weights = {name: list(module.parameters()) for name, module in self._modules.items()}
         for name, role in self.roles.items():
             if role.ema_of is not None:
@@ -397,6 +398,7 @@ class Networks:
         except UserError as error:  # a method's hyperparameter of that name
             raise UserError("distiller.layers", error.constraint, error.value, error.fix) from error
         heads = Heads({layer: feature.shape[1:] for layer, feature in zip(layers, found, strict=True)})
+        heads.role = name
         self._modules[name] = self._views[name] = heads.to(x.device)
 
 
