@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -78,6 +79,10 @@ def unconditioned(cond: Cond, null: Cond, x: Tensor) -> Cond:
     return {**cond, **{key: value.to(x.device).expand(len(x), *value.shape[1:]) for key, value in null.items()}}
 
 
+# what `Denoiser.record` is adding to, by role
+_recordings: ContextVar[tuple[tuple[str, dict[int, list[Tensor]]], ...]] = ContextVar("recordings", default=())
+
+
 class _EarlyStop(Exception):
     """Raised by the last recorded block: the rest of the network is not needed."""
 
@@ -149,7 +154,11 @@ class Denoiser:
         Yields a dict from layer to its features [B, ...], one list entry per network call.
         """
         with self._hooked(layers, stop=False) as features:
-            yield features
+            token = _recordings.set((*_recordings.get(), (self.role, features)))
+            try:
+                yield features
+            finally:
+                _recordings.reset(token)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int]) -> list[Tensor]:
         """Outputs of blocks `layers` at (x_t, t) without guidance; the network stops after the last of them."""
@@ -209,7 +218,9 @@ class Denoiser:
         inputs = (x_in, self.network.time(t), t, s, cond)
         if not watched():
             return self._enter(*inputs)
-        return asked(Ask(self.role, self._enter, inputs, x, state=(self.network, x, t_state, cond)))
+        recordings = tuple(found for role, found in _recordings.get() if role == self.role)
+        state = (self.network, x, t_state, cond)
+        return asked(Ask(self.role, self._enter, inputs, x, recordings=recordings, state=state))
 
     def _enter(self, x_in: Tensor, t_net: Tensor, t: Tensor, s: Tensor | None, cond: Cond) -> Tensor:
         """The network alone, in a call of this role."""

@@ -159,20 +159,10 @@ class Trainer:
         measured = self.measured(state.distiller)
         while not self.ended(state):
             progress.before(state.step + 1)
-            started, cpu_started = time.perf_counter(), time.process_time()
-            counter = PeakBytes(self._live(state)) if state.step == measured else nullcontext()
-            figures = self._run(state, data, needs, accelerator, counter)
-            if isinstance(counter, PeakBytes):
-                state.peak_bytes = counter.peak
-            seconds = time.perf_counter() - started
-            state.seconds += seconds
-            (cpu_seconds,) = ranks.highest(time.process_time() - cpu_started)
-            state.cpu_seconds += cpu_seconds
-            state.dearest = max(state.dearest, cpu_seconds)
-            state.step += 1
+            figures = self.advance(state, data, needs, accelerator, measured=state.step == measured)
             ended = self.ended(state)
             if state.step % self.log_every == 0:
-                progress.log(state.step, {**figures, "time/step_seconds": seconds})
+                progress.log(state.step, figures)
             progress.after(state.step)
             evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and not ended
             if evaluated:
@@ -184,6 +174,23 @@ class Trainer:
             if stopping:
                 break
         state.networks.train_only(())
+
+    def advance(
+        self, state: TrainingState, data: Data, needs: frozenset[str], accelerator: Accelerator, measured: bool = False
+    ) -> dict[str, float]:
+        """One step, timed; its figures if it is one to log. measured: its peak of live bytes is taken."""
+        started, cpu_started = time.perf_counter(), time.process_time()
+        counter = PeakBytes(self._live(state)) if measured else nullcontext()
+        figures = self._run(state, data, needs, accelerator, counter)
+        if isinstance(counter, PeakBytes):
+            state.peak_bytes = counter.peak
+        seconds = time.perf_counter() - started
+        state.seconds += seconds
+        (cpu_seconds,) = ranks.highest(time.process_time() - cpu_started)
+        state.cpu_seconds += cpu_seconds
+        state.dearest = max(state.dearest, cpu_seconds)
+        state.step += 1
+        return {**figures, "time/step_seconds": seconds}
 
     def ended(self, state: TrainingState) -> bool:
         """Whether no step is left: all are done, or one as dear as the dearest so far may pass `cpu_seconds`."""

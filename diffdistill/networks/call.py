@@ -69,8 +69,9 @@ class Ask:
     """What a role is asked: `function(*inputs)`, a network call of `batch` samples, is due or in progress.
 
     inputs: nested tuples and mappings of tensors.  x: of them, what a gradient would go through.  layers: blocks
-    recorded by an early-stopped call, None for a whole one.  state: for whole calls of a denoiser, (network, x, t,
-    cond), x [B, *shape] before its scaling and the time t [B] at which it lies.
+    recorded by an early-stopped call, None for a whole one.  recordings: what outputs of blocks are being added to, by
+    block.  state: for whole calls of a denoiser, (network, x, t, cond), x [B, *shape] before its scaling and the time
+    t [B] at which it lies.
     """
 
     role: str
@@ -78,6 +79,7 @@ class Ask:
     inputs: tuple[Any, ...]
     x: Tensor
     layers: tuple[int, ...] | None = None
+    recordings: tuple[dict[int, list[Tensor]], ...] = ()
     state: tuple[Any, Tensor, Tensor, Mapping[str, Tensor]] | None = None
 
     @property
