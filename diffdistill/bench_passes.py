@@ -141,7 +141,7 @@ def answered(passes: Sequence[Made]) -> Iterator[None]:
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
 
         def given(value: Tensor) -> Tensor:
-            return _Answered.apply(value, anchor, *inputs) if made.graph else value  # type: ignore[no-untyped-call]
+            return _Answered.apply(value, anchor, *inputs) if made.graph else value
 
         for kept, one in zip(made.recorded, ask.recordings, strict=True):
             for layer, value in kept.items():

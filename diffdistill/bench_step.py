@@ -79,7 +79,7 @@ class Bench:
     def __init__(self, settings: Mapping[str, Any], accelerator: Accelerator, compiled: bool) -> None:
         self.accelerator, self.clock = accelerator, Clock(accelerator.device)
         recipe = assemble(settings, accelerator.device)
-        self.recipe: Recipe = replace(recipe, data=WithMade(recipe.data))  # type: ignore[arg-type]
+        self.recipe: Recipe = replace(recipe, data=WithMade(recipe.data))
         self.networks, self.distiller = recipe.networks, recipe.distiller
         self.trainer: Trainer = build(settings["trainer"])
         self.trainer.lr, self.trainer.log_every = {"default": _still}, 10**9

@@ -24,7 +24,7 @@ from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
 from diffdistill.rng import Rng
-from diffdistill.shards import norm, parts, whole
+from diffdistill.shards import norm, norm_in_float64, parts, whole
 from diffdistill.training_state import TrainingState
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> factor on the learning rate
@@ -260,7 +260,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             networks.sync_gradients(index == len(batches) - 1)
             rng = self.rng(step, phase.name, index, networks.device)
-            torch.manual_seed(rng.torch_seed())  # dropout
+            rng.seed_torch()  # dropout
             with accelerator.autocast():
                 loss = phase.loss(batch, rng)
             if (bad := _not_finite(loss)) is not None:
@@ -279,6 +279,8 @@ class Trainer:
         """Clip and step one role; returns the norm of its gradient. Raises NonFiniteError."""
         gradients = [p.grad for p in networks.weights(role) if p.grad is not None]
         total = norm(gradients)
+        if not torch.isfinite(total):
+            total = norm_in_float64(gradients)
         if not torch.isfinite(total):
             named = [(n, p.grad) for n, p in networks.named_weights(role) if p.grad is not None]
             names = [n for n, gradient in named if not whole(gradient).isfinite().all()]

@@ -193,7 +193,7 @@ class Networks:
             for weight in self._weights[name]:
                 weight.requires_grad_(active)
             if self.modes.get(name) != "lora":
-                self._modules[name].train(active)
+                _set_training(self._modules[name], active)
         if self._sharding is not None and frozenset(names) != self._active:
             self._sharding.follow()
         self._active = frozenset(names)
@@ -222,8 +222,9 @@ class Networks:
             self._sharding.rest()
 
     def zero_grad(self) -> None:
-        for weights in self._weights.values():
-            for weight in weights:
+        """Forget the gradients of the roles of the last `train_only`: others take none."""
+        for name in self._active:
+            for weight in self._weights[name]:
                 weight.grad = None
 
     def update_ema(self, trained: Sequence[str]) -> None:
@@ -400,6 +401,16 @@ class Networks:
         heads = Heads({layer: feature.shape[1:] for layer, feature in zip(layers, found, strict=True)})
         heads.role = name
         self._modules[name] = self._views[name] = heads.to(x.device)
+
+
+def _set_training(module: nn.Module, active: bool) -> None:
+    """As `module.train(active)`, without torch's walk through __setattr__ where no submodule has a way of its own."""
+    for inner in module.modules():
+        if type(inner).train is not nn.Module.train:
+            module.train(active)
+            return
+    for inner in module.modules():
+        inner.__dict__["training"] = active
 
 
 class _RoleAdapter(nn.Module):
