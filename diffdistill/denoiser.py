@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from diffdistill.autodiff import transforms
 from diffdistill.errors import UserError
 from diffdistill.networks.call import Ask, Call, asked, current_call, enter, watched
 from diffdistill.process import VELOCITY, X0, Kind, NoiseProcess, expand
@@ -228,24 +229,46 @@ class Denoiser:
             return self.network(x_in, t_net, cond)
 
 
+class _Match:
+    """`process.match(source, t)`, kept for the last t: a call of a network asks for the same one four times."""
+
+    def __init__(self, process: NoiseProcess, source: NoiseProcess) -> None:
+        self.process, self.source = process, source
+        self._last: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+        # what is made under a derivative of something else, or for inference, is of no use outside; nor is a graph
+        if t.requires_grad or t.is_inference() or torch.is_inference_mode_enabled() or (transforms() and not wrapped):
+            return self.process.match(self.source, t)
+        version = 0 if wrapped else t._version
+        if self._last is None or self._last[0] is not t or self._last[1] != version:
+            self._last = (t, version, self.process.match(self.source, t))
+        return self._last[2]
+
+
 @dataclass(frozen=True)
 class _ChangedKind(Kind):
     """A kind whose row is taken in the source process, at the source time."""
 
     kind: Kind
     source: NoiseProcess
+    match: _Match = field(compare=False)
 
     @property
     def ends_at_t_min(self) -> bool:  # type: ignore[override]
         return self.kind.ends_at_t_min
 
     def row(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.kind.row(self.source, process.match(self.source, t)[0])
+        return self.kind.row(self.source, self._matched(process, t)[0])
 
     def x0_from(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
-        t_source, factor = process.match(self.source, t)
+        t_source, factor = self._matched(process, t)
         c_x, c_pred = self.kind.x0_from(self.source, t_source)
         return c_x * factor, c_pred
+
+    def _matched(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.match(t) if process == self.match.process else process.match(self.source, t)
 
 
 class _Changed:
@@ -254,18 +277,19 @@ class _Changed:
     def __init__(self, network: Network, process: NoiseProcess) -> None:
         self.hidden = getattr(network, "hidden", first_tensor)
         self.network, self.process = network, process
-        self.kind: Kind = _ChangedKind(network.kind, network.process)
+        self.match = _Match(process, network.process)
+        self.kind: Kind = _ChangedKind(network.kind, network.process, self.match)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return self.network.blocks
 
     def scale(self, t: Tensor) -> Tensor:
-        t_source, factor = self.process.match(self.network.process, t)
+        t_source, factor = self.match(t)
         return self.network.scale(t_source) * factor
 
     def time(self, t: Tensor) -> Tensor:
-        return self.network.time(self.process.match(self.network.process, t)[0])
+        return self.network.time(self.match(t)[0])
 
     def __call__(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         return self.network(x, t_net, cond)

@@ -115,6 +115,14 @@ def _quotient(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tenso
     return dx / y if dx is not None else -(value / y) * dy
 
 
+def _hypotenuse(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
+    return x * dx / value if dx is not None else y * dy / value
+
+
+def _angle(y: Any, x: Any, dy: Tensor | None, dx: Tensor | None, value: Tensor) -> Tensor:
+    return (x * dy if dy is not None else -y * dx) / (x * x + y * y)
+
+
 RULES: dict[Any, Rule] = {
     F.linear: _linear,
     F.conv1d: _convolution(F.conv1d),
@@ -122,6 +130,8 @@ RULES: dict[Any, Rule] = {
     F.conv3d: _convolution(F.conv3d),
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
+    torch.hypot: _of_one(_hypotenuse, torch.hypot),
+    torch.atan2: _of_one(_angle, torch.atan2),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _of_one(_sum, torch.add)),
     **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _of_one(_difference, torch.sub)),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _of_one(_product, torch.mul)),

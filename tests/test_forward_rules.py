@@ -44,6 +44,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "difference": (lambda x: (x - ROW) * 2 + (ROW - x) * 3 + (x - NUMBER) * 5 + (NUMBER - x) * 7, (5, 8)),
     "product": (lambda x: (x * ROW) * (ROW * x) + NUMBER * x + x * NUMBER, (5, 8)),
     "quotient": (lambda x: x / ROW + ROW / x + x / NUMBER + NUMBER / x + x / x, (5, 8)),
+    "hypotenuse": (lambda x: torch.hypot(x, ROW) + torch.hypot(ROW, x) + torch.hypot(x, x), (5, 8)),
+    "angle": (lambda x: torch.atan2(x, ROW) + torch.atan2(ROW, x) + torch.atan2(x, 2 * x), (5, 8)),
     "of itself": (lambda x: x * x + x - x, (5, 8)),
     "in place": (lambda x: (x * 1).add_(ROW).mul_(2), (5, 8)),
 }  # fmt: skip

@@ -89,6 +89,7 @@ class Networks:
         self.teacher, self.roles, self.shape, self.cond, self.codec = teacher, dict(roles), shape, cond, codec
         self.modes = self._check_modes(modes or {})
         self.lora, self.adapter = lora or LoraSpec(), adapter or AdapterSpec()
+        self._first: Tensor | None = None  # tensor of the teacher: where that lies, all lies
         self._views: dict[str, Any] = {}
         self._modules: dict[str, nn.Module] = {}
         self._averages: dict[str, Ema] = {}
@@ -206,7 +207,7 @@ class Networks:
     def sharded(self, sharding: Sharding) -> None:
         """The modules have been sharded in place, before any optimizer or evaluation average was made."""
         assert not self.averages()
-        self._sharding = sharding
+        self._sharding, self._first = sharding, None
         self._weights = {name: list(module.parameters()) for name, module in self._modules.items()}
         for name, average in self._averages.items():
             average.over(self.weights(str(self.roles[name].ema_of)), self.weights(name))
@@ -306,8 +307,9 @@ class Networks:
 
     @property
     def _device(self) -> torch.device:
-        first = next(itertools.chain(self.teacher.parameters(), self.teacher.buffers()), None)
-        return torch.device("cpu") if first is None else first.device
+        if self._first is None:  # finding it takes longer than a draw
+            self._first = next(itertools.chain(self.teacher.parameters(), self.teacher.buffers()), None)
+        return torch.device("cpu") if self._first is None else self._first.device
 
     def _guidance(self, scale: float, interval: tuple[float, float] | None) -> Guidance | None:
         if scale == 1.0:
@@ -404,13 +406,15 @@ class Networks:
 
 
 def _set_training(module: nn.Module, active: bool) -> None:
-    """As `module.train(active)`, without torch's walk through __setattr__ where no submodule has a way of its own."""
-    for inner in module.modules():
+    """As `module.train(active)`, which modules with a way of their own are asked for, without torch's __setattr__."""
+    todo = [module]
+    while todo:
+        inner = todo.pop()
         if type(inner).train is not nn.Module.train:
-            module.train(active)
-            return
-    for inner in module.modules():
+            inner.train(active)
+            continue
         inner.__dict__["training"] = active
+        todo += [below for below in inner._modules.values() if below is not None]
 
 
 class _RoleAdapter(nn.Module):
