@@ -16,6 +16,7 @@ from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.kernels.gilbert import curve
+from diffdistill.tracing import untraced
 
 _Arguments = ParamSpec("_Arguments")
 _Found = TypeVar("_Found")
@@ -34,7 +35,7 @@ def built_once(function: Callable[_Arguments, _Found]) -> Callable[_Arguments, _
         with torch.inference_mode(False), torch.device("cpu"):
             return function(*args, **keywords)
 
-    return torch.compiler.disable(built)
+    return untraced(built)
 
 
 @dataclass(frozen=True)
