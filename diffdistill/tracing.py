@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -18,4 +18,4 @@ def constant(function: F) -> F:
 
 def untraced(function: F) -> F:
     """As torch.compiler.disable: compiled code calls it as it is."""
-    return torch._disable_dynamo(function)
+    return cast("F", torch._disable_dynamo(function))

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def built_once(function: Callable[_Arguments, _Found]) -> Callable[_Arguments, _
         with torch.inference_mode(False), torch.device("cpu"):
             return function(*args, **keywords)
 
-    return untraced(built)
+    return untraced(cast("Callable[_Arguments, _Found]", built))
 
 
 @dataclass(frozen=True)
