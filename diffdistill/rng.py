@@ -8,6 +8,7 @@ contiguous slice of it. Salmon et al. 2011 (Philox); normals by Box and Muller 1
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator
@@ -91,8 +92,8 @@ class Rng:
         return self._tensor(((words * np.uint64(high)) >> np.uint64(32)).astype(np.int64), shape, torch.int64)
 
     def permutation(self, n: int, name: str) -> np.ndarray:
-        """A permutation of range(n) that depends on the seed and `name` only (epochs of a data set)."""
-        return np.random.Generator(np.random.Philox(key=self._key(name))).permutation(n)
+        """A permutation of range(n), read-only, that depends on the seed and `name` only (epochs of a data set)."""
+        return _permutation(self._key(name), n)
 
     def seed_torch(self) -> None:
         """Start torch's own generators at `torch_seed`, the CPU's and the device's: as torch.manual_seed, which asks
@@ -148,3 +149,10 @@ class Rng:
 
     def _tensor(self, values: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype).view(shape)
+
+
+@functools.lru_cache(maxsize=8)  # every step of an epoch asks for the same ones
+def _permutation(key: int, n: int) -> np.ndarray:
+    found = np.random.Generator(np.random.Philox(key=key)).permutation(n)
+    found.setflags(write=False)
+    return found

@@ -190,3 +190,20 @@ def test_parts_of_plain_tensors_share_their_storage() -> None:
     (part,) = parts([weight])
     part += 1
     assert not part.requires_grad and weight.sum().item() == 3
+
+
+def test_the_order_of_an_epoch_is_drawn_once() -> None:
+    import numpy as np
+
+    from diffdistill import data, rng
+
+    rng._permutation.cache_clear()
+    steps = [data.epoch_indices(Rng(91, step, "data", range(8)), 8, 20) for step in range(5)]
+    assert rng._permutation.cache_info().misses == 2
+    for epoch in range(2):
+        found = [int(index) for step in steps for index in step][20 * epoch : 20 * (epoch + 1)]
+        key = np.random.Philox(key=Rng(91)._key(f"epoch {epoch}"))
+        assert found == list(np.random.Generator(key).permutation(20))
+    assert data.epoch_indices(Rng(92, 0, "data", range(8)), 8, 20).tolist() != steps[0].tolist()
+    with pytest.raises(ValueError, match="read-only"):
+        Rng(91).permutation(20, "epoch 0")[0] = 3
