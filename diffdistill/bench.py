@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -231,7 +232,10 @@ RATIOS = {
 
 
 def _overview(results: Sequence[dict[str, Any]]) -> Table:
-    table = Table("distiller", "networks", *RATIOS, "steps/s", "peak MiB", title="all")
+    title = "steps over the sum of their parts, over passes and updates (p+u), over passes"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("distiller", "networks", "sum", "p+u", "passes", "null", "steps/s", "MiB"):
+        table.add_column(name, no_wrap=True)
     for r in results:
         ratios = (f"{r[key]:.3f}" for key in RATIOS.values())
         table.add_row(

@@ -31,7 +31,7 @@ def plot_steps(results: Sequence[Mapping[str, Any]], path: str | Path) -> None:
         )
         axes.text(max(1.0, result["ratio"]) + 0.01, row, f"{result['ratio']:.3f}", va="center", fontsize=8)
     axes.set_yticks(range(len(results)), [f"{r['distiller']}, {r['networks']}" for r in results], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(results) - 0.4, -0.6)
     axes.set_xlim(0, 1.12 * max(1.0, *(r["ratio"] for r in results)))
     axes.set_xlabel("share of the sum of the parts", fontsize=9)
     axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)

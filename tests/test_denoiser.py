@@ -552,7 +552,8 @@ def test_a_changed_process_is_matched_once_per_call_and_anew_for_other_times(mon
         return view(x, t, cond)
 
     value, tangent = jvp(at, (x, t), (torch.zeros_like(x), torch.ones_like(t)))
-    jvp(lambda x: view(x, t, cond), (x,), (x,))  # with t held: what is made there must not be used outside
+    jvp(lambda x: view(x, t, cond), (x,), (x,))  # with t held: what is made there is not kept for outside
+    assert view.network.match._last[0] is not t
     torch.testing.assert_close(view(x, t, cond), value)
     step = (view(x, t + 1e-3, cond) - view(x, t - 1e-3, cond)) / 2e-3
     torch.testing.assert_close(tangent, step, rtol=2e-2, atol=2e-2)
