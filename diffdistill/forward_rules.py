@@ -50,11 +50,16 @@ def _convolution(function: Rule) -> Rule:
     return rule
 
 
+def _left_to_torch(x: Tensor) -> bool:
+    """Autocast has a choice of dtype for norms; tensors without values have no autocast that could be asked."""
+    return x.is_meta or torch.is_autocast_enabled(x.device.type)
+
+
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Any:
     x, moved = forward_ad.unpack_dual(input)
-    if moved is None or _moves(weight, bias) or torch.is_autocast_enabled(x.device.type):
+    if moved is None or _moves(weight, bias) or _left_to_torch(x):
         return NotImplemented
     x, moved = x.contiguous(), moved.contiguous()
     sizes = (len(x), x.shape[1], x[0, 0].numel(), num_groups)
@@ -72,7 +77,7 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Any:
     x, moved = forward_ad.unpack_dual(input)
-    if moved is None or len(normalized_shape) != 1 or _moves(weight, bias) or torch.is_autocast_enabled(x.device.type):
+    if moved is None or len(normalized_shape) != 1 or _moves(weight, bias) or _left_to_torch(x):
         return NotImplemented
     value, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
     tangent = _backward.native_layer_norm_backward(moved, x, normalized_shape, mean, rstd, None, None, _INPUT)[0]
