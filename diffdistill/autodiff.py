@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from diffdistill.errors import UserError
+from diffdistill.forward_rules import Rules
 
 
 class Tangent(Protocol):
@@ -85,7 +86,7 @@ def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tup
     """
     _load_forward_rules()
     mended = contextlib.nullcontext() if torch.__version__ >= "2.14" else _ContiguousGroupNorm()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mended:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mended, Rules():
         value, tangent = torch.func.jvp(function, primals, tangents)[:2]
     return value, tangent
 

@@ -1,228 +1,244 @@
-"""`diffdistill bench step`: a training step against the sum of its network passes.
+"""`diffdistill bench step`: a training step against the sum of its network passes, updates and arithmetic.
 
-Interleaved in one process, on one thread, by CPU clock: every round times the step, each of its passes alone, its
-updates, and the step once more. The last against the first is the null ratio: if it leaves .98 to 1.02 the machine is
-too noisy to tell.
+Interleaved in one process, on one thread, by CPU clock (on a GPU by the wall's): every round times the steps of a
+cycle, each part of them alone, and the steps once more. The last against the first is the null ratio: if it leaves .98
+to 1.02 the machine is too noisy to tell.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from diffdistill import config_files
-from diffdistill.config import build, compose
+from diffdistill.bench_plot import plot_steps
+from diffdistill.bench_step import measured
+from diffdistill.config import compose
 from diffdistill.config_types import did_you_mean
-from diffdistill.distillers.base import Phase
-from diffdistill.errors import UserError
-from diffdistill.machine import machine
-from diffdistill.networks.call import Pass, recorded_passes
-from diffdistill.recipe import Recipe, assemble
-from diffdistill.run_folder import new_file
-from diffdistill.trainer import Trainer
+from diffdistill.errors import UserError, require_at_least
+from diffdistill.evaluation.plots import check_picture
+from diffdistill.launch import accelerator_of
+from diffdistill.machine import machine, versions
+from diffdistill.recipe import assemble
+from diffdistill.run_folder import new_file, writing
 
-SCHEMA = 1
+SCHEMA = 2
 NOISY = 3
-QUICK = {"pairs": 24, "batch_size": 8}
+QUICK = {"pairs": 8, "batch_size": 8}
+WITHOUT_DATA = "noise"  # the data of networks that have none of their own
+FEW = 2  # samples of a batch where networks are large
 
 
 @dataclass(frozen=True)
-class Item:
-    """One line of the list. milliseconds: per cycle, median over rounds."""
+class Pair:
+    """A method on a network. words: overrides of train."""
 
-    name: str
-    count: int
-    milliseconds: float
+    distiller: str
+    networks: str
+    words: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.distiller} on {self.networks}"
+
+    def settings(self) -> DictConfig:
+        return compose("train", [*self.words, "run_dir=none"])
 
 
-def step(distillers: list[str], teachers: list[str], pairs: int, quick: bool, out: str | None) -> int:
+def arguments(words: Sequence[str]) -> list[str]:
+    """The words of the command line: networks=... is Hydra's word for a group, the key of this verb is teachers."""
+    return ["teachers=" + word.removeprefix("networks=") if word.startswith("networks=") else word for word in words]
+
+
+def step(
+    distillers: list[str] | Literal["all"],
+    teachers: list[str],
+    pairs: int,
+    batch_size: int | None,
+    overrides: list[str],
+    device: Literal["cpu", "cuda"],
+    quick: bool,
+    out: str | None,
+    plot: str | None,
+) -> int:
     """Bench every distiller on every teacher; prints a table each and the verdict last. Returns the exit status.
 
-    pairs: interleaved rounds.  quick: fewer rounds of a smaller batch, done within 50 s.  out: JSON file.
+    distillers: all leaves out those that a teacher does not fit, and says why.  teachers: options of the group
+    networks.  pairs: interleaved rounds.  batch_size: None is the recipe's own, 2 where networks have no data of
+    their own.  overrides: of train, for all.  quick: fewer rounds of a smaller batch, done within 50 s.
+    out: JSON file.  plot: picture.
     """
     if pairs < 2:
         raise UserError("pairs", "must be >= 2", pairs, "40 is a good number.")
+    require_at_least(1, batch_size=1 if batch_size is None else batch_size)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device", "must be one that torch finds here", device, "Set device=cpu.")
     if out is not None:
         new_file("out", out)
-    for key, names, group in (("distillers", distillers, "distiller"), ("teachers", teachers, "networks")):
-        known = config_files.groups()[group]
+    if plot is not None:
+        check_picture(plot, "plot")
+        new_file("plot", plot)
+    own = QUICK["batch_size"] if quick and batch_size is None else batch_size
+    todo, left_out = _fitting(distillers, teachers, own, overrides)
+    console, threads = Console(), torch.get_num_threads()
+    for text in left_out:
+        console.print(f"left out: {text['distiller']} on {text['networks']}: {text['why']}", highlight=False)
+    torch.set_num_threads(1 if device == "cpu" else threads)
+    results = []
+    try:
+        for pair in todo:
+            results.append(_one(pair, QUICK["pairs"] if quick else pairs, device))
+            console.print(_table(results[-1]))
+            if out is not None:  # after each: hours of measuring are not lost
+                _write(out, results, left_out, device)
+    finally:
+        torch.set_num_threads(threads)
+    if plot is not None:
+        with writing(plot, "plot", "Name another place, or make room."):
+            plot_steps(results, plot)
+    return _verdict(results, console)
+
+
+def _fitting(
+    distillers: Sequence[str] | Literal["all"],
+    teachers: Sequence[str],
+    batch_size: int | None,
+    overrides: Sequence[str],
+) -> tuple[list[Pair], list[dict[str, str]]]:
+    """The pairs to bench, each built without weights before any is timed; and those of `all` that do not fit."""
+    groups = config_files.groups()
+    asked = groups["distiller"] if distillers == "all" else distillers
+    for key, names, group in (("distillers", asked, "distiller"), ("teachers", teachers, "networks")):
+        known = groups[group]
         if not names or (unknown := [name for name in names if name not in known]):
             fix = did_you_mean(unknown[0], known) if names else f"Write '{key}=[{known[0]}]'."
             raise UserError(key, f"must name options of the group {group}", names, fix)
-    for teacher in teachers:
-        for distiller in distillers:  # a pair that does not fit is told before any is timed
-            assemble(_settings(distiller, teacher, quick), "meta")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    results, console = [], Console()
-    try:
-        for teacher in teachers:
-            for distiller in distillers:
-                results.append(_one(distiller, teacher, QUICK["pairs"] if quick else pairs, quick))
-                console.print(_table(results[-1]))
-    finally:
-        torch.set_num_threads(threads)
-    noisy = [r for r in results if not 0.98 <= r["null_ratio"] <= 1.02]
-    if out is not None:
-        Path(out).write_text(
-            json.dumps({"schema": SCHEMA, "machine": {**machine(), "threads": 1}, "results": results}, indent=1) + "\n"
-        )
-    worst = max(r["ratio"] for r in results)
-    if noisy:
-        console.print(f"verdict: too noisy to tell (null ratio {noisy[0]['null_ratio']:.3f} is outside .98 to 1.02)")
-        return NOISY
-    console.print(f"verdict: a step costs at most {worst:.3f} times the sum of its parts")
-    return 0
+    todo, left_out = [], []
+    for networks in teachers:
+        for name in asked:
+            pair = Pair(name, networks, tuple(_words(name, networks, batch_size, overrides)))
+            try:
+                assemble(pair.settings(), "meta")
+            except UserError as error:
+                if distillers != "all" or overrides:
+                    error.args = (f"{pair.name}: {error}",)
+                    raise
+                left_out.append({"distiller": name, "networks": networks, "why": str(error)})
+            else:
+                todo.append(pair)
+    if not todo:
+        why = left_out[0]["why"]
+        raise UserError("teachers", "must be trainable by some method", list(teachers), f"Choose another one: {why}")
+    return todo, left_out
 
 
-def _one(distiller: str, teacher: str, pairs: int, quick: bool) -> dict[str, Any]:
-    settings = _settings(distiller, teacher, quick)
-    recipe, trainer = assemble(settings), build(settings.trainer)
-    bench = _Bench(recipe, trainer)
-    cycle = period(recipe.distiller.phases)
-    for warm in range(cycle):
-        bench.run_step(warm)
-    passes = bench.passes(cycle)
-    timed: dict[str, list[float]] = {name: [] for name in ("step", "null", "updates", *passes)}
-    for _ in range(pairs):
-        timed["step"].append(_clock(lambda: bench.cycle(cycle)))
-        for name, (_, replay) in passes.items():
-            timed[name].append(_clock(replay))
-        timed["updates"].append(_clock(lambda: bench.updates(cycle)))
-        timed["null"].append(_clock(lambda: bench.cycle(cycle)))
-    parts = [Item(name, count, _median(timed[name]) * count) for name, (count, _) in passes.items()]
-    parts.append(Item("updates (optimizer, clip, EMA)", 1, _median(timed["updates"])))
-    total, whole = sum(part.milliseconds for part in parts), _median(timed["step"])
-    null = statistics.median(b / a for a, b in zip(timed["step"], timed["null"], strict=True))
-    return {
-        "distiller": distiller,
-        "teacher": teacher,
-        "batch_size": trainer.batch_size,
-        "steps_in_cycle": cycle,
-        "pairs": pairs,
-        "parts": [asdict(part) for part in parts],
-        "rest_milliseconds": whole - total,
-        "sum_milliseconds": total,
-        "step_milliseconds": whole,
-        "ratio": whole / total,
-        "null_ratio": null,
+def _words(distiller: str, networks: str, batch_size: int | None, overrides: Sequence[str]) -> Iterator[str]:
+    """Overrides of train: the experiment of that name where there is one, else the method's own values."""
+    groups = config_files.groups()
+    data = max((name for name in groups["data"] if networks.startswith(name)), key=len, default=WITHOUT_DATA)
+    if f"{data}_{distiller}" in groups["experiment"]:
+        yield f"experiment={data}_{distiller}"
+    else:
+        yield from ("experiment=none", f"data={data}", f"distiller={distiller}")
+    yield from (f"networks={networks}", "evaluation=none", "stages={}", "init={}")
+    if batch_size is not None or data == WITHOUT_DATA:
+        yield f"trainer.batch_size={batch_size or FEW}"
+    yield from overrides
+
+
+def _one(pair: Pair, rounds: int, device: str) -> dict[str, Any]:
+    settings = pair.settings()
+    accelerator: Accelerator = accelerator_of(settings["precision"], cpu=device == "cpu")
+    found = measured(settings, accelerator, rounds, bool(settings["compile"]))
+    return {"distiller": pair.distiller, "networks": pair.networks, "words": list(pair.words), **found}
+
+
+def _write(out: str, results: Sequence[dict[str, Any]], left_out: Sequence[dict[str, str]], device: str) -> None:
+    report = {
+        "schema": SCHEMA,
+        "machine": {**machine(), "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"},
+        "versions": versions(),
+        "results": list(results),
+        "left_out": list(left_out),
     }
+    with writing(out, "out", "Name another place, or make room."):
+        Path(out).write_text(json.dumps(report, indent=1) + "\n")
 
 
-def _settings(distiller: str, teacher: str, quick: bool) -> DictConfig:
-    overrides = ["experiment=none", f"networks={teacher}", f"distiller={distiller}", "evaluation=none", "run_dir=none"]
-    if quick:
-        overrides.append(f"trainer.batch_size={QUICK['batch_size']}")
-    return compose("train", [f"data={_data_of(teacher)}", *overrides])
-
-
-class _Bench:
-    """The trainer's own update on a recipe, and each of its parts alone."""
-
-    def __init__(self, recipe: Recipe, trainer: Trainer) -> None:
-        self.recipe, self.trainer = recipe, trainer
-        self.networks, self.accelerator = recipe.networks, Accelerator()
-        self.optimizers = trainer.prepare(recipe.networks)
-
-    def run_step(self, index: int) -> None:
-        batches = self.trainer.batches(self.recipe.data, self.recipe.needs, self.networks, index)
-        for phase in self.recipe.distiller.phases(index):
-            self.trainer.update(phase, batches, index, self.networks, self.optimizers, self.accelerator)
-
-    def cycle(self, length: int) -> None:
-        for index in range(length):
-            self.run_step(index)
-
-    def passes(self, length: int) -> dict[str, tuple[int, Callable[[], None]]]:
-        """Name -> (count in a cycle, replay) of each distinct pass."""
-        found: dict[str, tuple[int, Callable[[], None]]] = {}
-        for index in range(length):
-            batches = self.trainer.batches(self.recipe.data, self.recipe.needs, self.networks, index)
-            for phase in self.recipe.distiller.phases(index):
-                with recorded_passes() as noted:
-                    self.trainer.update(phase, batches, index, self.networks, self.optimizers, self.accelerator)
-                for done in noted:
-                    name = _name(phase, done)
-                    found[name] = (found.get(name, (0, None))[0] + 1, self._replay(phase, done, batches[0].cond))
-        return found
-
-    def _replay(self, phase: Phase, done: Pass, cond: Any) -> Callable[[], None]:
-        view, networks = self.networks[done.role], self.networks
-        x = torch.randn(done.batch, *networks.shape, dtype=networks.dtype).requires_grad_(done.through_input)
-        t = torch.full((done.batch,), view.process.t_max / 2)
-
-        def replay() -> None:
-            networks.train_only(phase.trains if done.backward else ())
-            with torch.set_grad_enabled(done.backward):
-                plain = view.guided(None) if hasattr(view, "guided") else view
-                outputs = [plain(x, t, cond)] if done.layers is None else plain.features(x, t, cond, done.layers)
-                if done.backward:
-                    torch.autograd.backward([o.mean() for o in outputs])
-            networks.zero_grad()
-            x.grad = None
-
-        return replay
-
-    def updates(self, length: int) -> None:
-        for index in range(length):
-            for phase in self.recipe.distiller.phases(index):
-                self.networks.train_only(phase.trains)
-                for role in phase.trains:
-                    for weight in self.networks.weights(role):
-                        weight.grad = torch.zeros_like(weight)
-                    self.trainer.step(role, index, self.networks, self.optimizers[role])
-                self.networks.update_ema(phase.trains)
-                self.networks.zero_grad()
-
-
-def _name(phase: Phase, done: Pass) -> str:
-    what = "features" if done.layers is not None else "forward"
-    through = " + backward" + (" through its input" if done.through_input else "") if done.backward else ""
-    return f"{phase.name}: {done.role} {what}{through}, batch {done.batch}"
-
-
-def period(phases: Callable[[int], Sequence[Phase]], horizon: int = 40) -> int:
-    """The number of steps after which the phases repeat."""
-    names = [tuple(phase.name for phase in phases(index)) for index in range(2 * horizon)]
-    return next(p for p in range(1, horizon + 1) if names[: 2 * horizon - p] == names[p:])
-
-
-def _clock(function: Callable[[], None]) -> float:
-    started = time.process_time()
-    function()
-    return 1000 * (time.process_time() - started)
-
-
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def _data_of(teacher: str) -> str:
-    return teacher.split("_")[0]
+def _verdict(results: Sequence[dict[str, Any]], console: Console) -> int:
+    if len(results) > 1:
+        console.print(_overview(results))
+    noisy = [r for r in results if not 0.98 <= r["null_ratio"] <= 1.02]
+    worst = max(results, key=lambda r: r["ratio"])
+    if noisy:
+        which = max(noisy, key=lambda r: abs(r["null_ratio"] - 1))
+        console.print(
+            f"verdict: too noisy to tell: null ratio {which['null_ratio']:.3f} of {which['distiller']} on "
+            f"{which['networks']} is outside .98 to 1.02, {len(noisy)} of {len(results)} are",
+            soft_wrap=True,
+        )
+        return NOISY
+    console.print(
+        f"verdict: a step costs at most {worst['ratio']:.3f} times the sum of its parts, "
+        f"{worst['distiller']} on {worst['networks']}",
+        soft_wrap=True,
+    )
+    return 0
 
 
 def _table(result: dict[str, Any]) -> Table:
     title = (
-        f"{result['distiller']} on {result['teacher']}, batch {result['batch_size']}, "
-        f"cycle of {result['steps_in_cycle']} step(s), {result['pairs']} pairs"
+        f"{result['distiller']} on {result['networks']} ({result['parameters'] / 1e6:.2f} M), batch "
+        f"{result['batch_size']}, cycle of {result['steps_in_cycle']} step(s), {result['pairs']} pairs"
     )
-    table = Table("part", "count", "ms per cycle", title=title)
+    table = Table("part", "count", "ms per cycle", "of it backward", title=title)
     for part in result["parts"]:
-        table.add_row(part["name"], str(part["count"]), f"{part['milliseconds']:.2f}")
-    table.add_row("sum of the parts", "", f"{result['sum_milliseconds']:.2f}")
-    table.add_row("the step", "", f"{result['step_milliseconds']:.2f}")
-    table.add_row("left for noise and loss arithmetic", "", f"{result['rest_milliseconds']:.2f}")
-    table.add_row("ratio step / sum", "", f"{result['ratio']:.3f}")
-    table.add_row("null ratio", "", f"{result['null_ratio']:.3f}")
+        lost = f" ({part['graphs_without_gradient']} graphs in vain)" if part["graphs_without_gradient"] else ""
+        back = part["backward_milliseconds"]
+        table.add_row(
+            part["name"] + lost, str(part["count"]), f"{part['milliseconds']:.2f}", f"{back:.2f}" if back else ""
+        )
+    table.add_section()
+    for name, key in (
+        ("the passes", "passes_milliseconds"),
+        ("sum of all parts", "sum_milliseconds"),
+        ("the steps", "step_milliseconds"),
+    ):
+        table.add_row(name, "", f"{result[key]:.2f}", "")
+    table.add_section()
+    for name, key in RATIOS.items():
+        table.add_row(name, "", f"{result[key]:.3f}", "")
+    table.add_row("steps per second", "", f"{result['steps_per_second']:.1f}", "")
+    table.add_row("peak live MiB", "", f"{result['peak_bytes'] / 2**20:.1f}", "")
+    return table
+
+
+RATIOS = {
+    "steps / sum": "ratio",
+    "steps / passes and updates": "ratio_to_passes_and_updates",
+    "steps / passes": "ratio_to_passes",
+    "null ratio": "null_ratio",
+}
+
+
+def _overview(results: Sequence[dict[str, Any]]) -> Table:
+    title = "steps over the sum of their parts, over passes and updates (p+u), over passes"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("distiller", "networks", "sum", "p+u", "passes", "null", "steps/s", "MiB"):
+        table.add_column(name, no_wrap=True)
+    for r in results:
+        ratios = (f"{r[key]:.3f}" for key in RATIOS.values())
+        table.add_row(
+            r["distiller"], r["networks"], *ratios, f"{r['steps_per_second']:.1f}", f"{r['peak_bytes'] / 2**20:.1f}"
+        )
     return table

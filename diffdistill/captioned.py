@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from diffdistill.errors import UserError, refuse_url
-from diffdistill.image_folder import images_below
+from diffdistill.image_folder import IMG_EXTENSIONS, images_below
 from diffdistill.prompts import COLUMNS
 from diffdistill.tar_shards import entries
 

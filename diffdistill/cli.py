@@ -111,8 +111,11 @@ VERBS = {
     "bench step": Verb(
         "diffdistill.bench:step",
         "bench_step",
-        "time the passes of a training step against a null measurement",
-        ("bench step 'distillers=[dmd2]' quick=true",),
+        "time training steps beside their network passes, updates and arithmetic alone",
+        (
+            "bench step 'distillers=[dmd2]' quick=true",
+            "bench step distillers=all 'networks=[digits,transformer_50m]' out=bench.json plot=bench.png",
+        ),
     ),
     "bench attention": Verb(
         "diffdistill.kernels.attention.bench:attention",
@@ -246,6 +249,10 @@ def _dispatch(argv: list[str]) -> int:
         from .doctor import arguments as train_in_overrides
 
         rest = train_in_overrides(rest)
+    elif name == "bench step":
+        from .bench import arguments as networks_as_teachers
+
+        rest = networks_as_teachers(rest)
     return run(VERBS[name], *_options_and_overrides(rest))
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from diffdistill.autodiff import transforms
 from diffdistill.errors import UserError
-from diffdistill.networks.call import Call, Pass, Seen, current_call, enter, note_pass, note_seen
+from diffdistill.networks.call import Ask, Call, asked, current_call, enter, watched
 from diffdistill.process import VELOCITY, X0, Kind, NoiseProcess, expand
 
 Cond = Mapping[str, Tensor]  # batch first; a null condition has batch 1 and is expanded
@@ -76,6 +78,10 @@ class Guidance:
 def unconditioned(cond: Cond, null: Cond, x: Tensor) -> Cond:
     """`cond` with the null condition in its place for each of x [B, ...]; keys that null lacks stay."""
     return {**cond, **{key: value.to(x.device).expand(len(x), *value.shape[1:]) for key, value in null.items()}}
+
+
+# what `Denoiser.record` is adding to, by role
+_recordings: ContextVar[tuple[tuple[str, dict[int, list[Tensor]]], ...]] = ContextVar("recordings", default=())
 
 
 class _EarlyStop(Exception):
@@ -149,16 +155,21 @@ class Denoiser:
         Yields a dict from layer to its features [B, ...], one list entry per network call.
         """
         with self._hooked(layers, stop=False) as features:
-            yield features
+            token = _recordings.set((*_recordings.get(), (self.role, features)))
+            try:
+                yield features
+            finally:
+                _recordings.reset(token)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[int]) -> list[Tensor]:
         """Outputs of blocks `layers` at (x_t, t) without guidance; the network stops after the last of them."""
-        with self._hooked(layers, stop=True) as features, suppress(_EarlyStop):
-            self._raw(x_t, t, t, cond)
-        outputs = [features[layer][0] for layer in layers]
-        graph = any(output.requires_grad for output in outputs)
-        note_pass(Pass(self.role, len(x_t), graph, x_t.requires_grad and graph, tuple(layers)))
-        return outputs
+
+        def recorded(x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+            with self._hooked(layers, stop=True) as features, suppress(_EarlyStop):
+                self._raw(x_t, t, t, cond)
+            return [features[layer][0] for layer in layers]
+
+        return asked(Ask(self.role, recorded, (x_t, t, cond), x_t, tuple(layers)))
 
     @contextmanager
     def _hooked(self, layers: Sequence[int], stop: bool) -> Iterator[dict[int, list[Tensor]]]:
@@ -205,11 +216,35 @@ class Denoiser:
         missing = {name: torch.full_like(t, value) for name, value in self.inputs if name not in cond}
         cond = {**cond, **missing} if missing else cond
         s = self.network.time(cond["s"]) if "s" in cond else None
+        inputs = (x_in, self.network.time(t), t, s, cond)
+        if not watched():
+            return self._enter(*inputs)
+        recordings = tuple(found for role, found in _recordings.get() if role == self.role)
+        state = (self.network, x, t_state, cond)
+        return asked(Ask(self.role, self._enter, inputs, x, recordings=recordings, state=state))
+
+    def _enter(self, x_in: Tensor, t_net: Tensor, t: Tensor, s: Tensor | None, cond: Cond) -> Tensor:
+        """The network alone, in a call of this role."""
         with enter(Call(self.role, t, cond.get("step"), cond.get("w"), s)):
-            out = self.network(x_in, self.network.time(t), cond)
-        note_pass(Pass(self.role, len(x), out.requires_grad, x.requires_grad and out.requires_grad))
-        note_seen(Seen(self.role, self.network, x, t_state, cond, out))
-        return out
+            return self.network(x_in, t_net, cond)
+
+
+class _Match:
+    """`process.match(source, t)`, kept for the last t: a call of a network asks for the same one four times."""
+
+    def __init__(self, process: NoiseProcess, source: NoiseProcess) -> None:
+        self.process, self.source = process, source
+        self._last: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+        # what is made under a derivative of something else, or for inference, is of no use outside; nor is a graph
+        if t.requires_grad or t.is_inference() or torch.is_inference_mode_enabled() or (transforms() and not wrapped):
+            return self.process.match(self.source, t)
+        version = 0 if wrapped else t._version
+        if self._last is None or self._last[0] is not t or self._last[1] != version:
+            self._last = (t, version, self.process.match(self.source, t))
+        return self._last[2]
 
 
 @dataclass(frozen=True)
@@ -218,18 +253,22 @@ class _ChangedKind(Kind):
 
     kind: Kind
     source: NoiseProcess
+    match: _Match = field(compare=False)
 
     @property
     def ends_at_t_min(self) -> bool:  # type: ignore[override]
         return self.kind.ends_at_t_min
 
     def row(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.kind.row(self.source, process.match(self.source, t)[0])
+        return self.kind.row(self.source, self._matched(process, t)[0])
 
     def x0_from(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
-        t_source, factor = process.match(self.source, t)
+        t_source, factor = self._matched(process, t)
         c_x, c_pred = self.kind.x0_from(self.source, t_source)
         return c_x * factor, c_pred
+
+    def _matched(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.match(t) if process == self.match.process else process.match(self.source, t)
 
 
 class _Changed:
@@ -238,18 +277,19 @@ class _Changed:
     def __init__(self, network: Network, process: NoiseProcess) -> None:
         self.hidden = getattr(network, "hidden", first_tensor)
         self.network, self.process = network, process
-        self.kind: Kind = _ChangedKind(network.kind, network.process)
+        self.match = _Match(process, network.process)
+        self.kind: Kind = _ChangedKind(network.kind, network.process, self.match)
 
     @property
     def blocks(self) -> Sequence[nn.Module]:
         return self.network.blocks
 
     def scale(self, t: Tensor) -> Tensor:
-        t_source, factor = self.process.match(self.network.process, t)
+        t_source, factor = self.match(t)
         return self.network.scale(t_source) * factor
 
     def time(self, t: Tensor) -> Tensor:
-        return self.network.time(self.process.match(self.network.process, t)[0])
+        return self.network.time(self.match(t)[0])
 
     def __call__(self, x: Tensor, t_net: Tensor, cond: Cond) -> Tensor:
         return self.network(x, t_net, cond)

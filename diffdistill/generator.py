@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,16 +79,21 @@ def constant_inputs(sampler: object) -> dict[str, float]:
 class Rollout:
     """One call of the student with gradient, at an input its own sampler made without gradient.
 
-    x_in: [B, *shape] input, detached.  t: [B] its time.  x0: [B, *shape] prediction.  x_out: [B, *shape] the next
-    input (x0 itself after the last step).  s: [B] the next time (t_min after the last step).  k: [B] step index.
+    x_in: [B, *shape] input, detached.  t: [B] its time.  x0: [B, *shape] prediction.  s: [B] the next time (t_min
+    after the last step).  k: [B] step index.  next_input: makes x_out.
     """
 
     x_in: Tensor
     t: Tensor
     x0: Tensor
-    x_out: Tensor
     s: Tensor
     k: Tensor
+    next_input: Callable[[], Tensor] = field(repr=False)
+
+    @cached_property
+    def x_out(self) -> Tensor:
+        """[B, *shape] the next input (x0 itself after the last step); made when it is asked for first."""
+        return self.next_input()
 
 
 @dataclass(frozen=True)
@@ -153,10 +159,13 @@ class Generator:
         x0 = self._call(x_in, t, cond, index)
         s = [*self._grid(z)[1:], torch.full_like(t, self.student.process.t_min)]
         s_of = torch.stack(s).gather(0, index[None])[0]
-        eps = self._noise(z, noise)
-        last = (index == num_steps - 1).view(-1, *[1] * (z.ndim - 1))
-        x_out = torch.where(last, x0, self.renoise(self.student.process, x0, x_in, t, s_of, eps))
-        return Rollout(x_in, t, x0, x_out, s_of, index)
+
+        def next_input() -> Tensor:
+            eps = self._noise(z, noise)
+            last = (index == num_steps - 1).view(-1, *[1] * (z.ndim - 1))
+            return torch.where(last, x0, self.renoise(self.student.process, x0, x_in, t, s_of, eps))
+
+        return Rollout(x_in, t, x0, s_of, index, next_input)
 
     def _grid(self, z: Tensor) -> list[Tensor]:
         dtype = torch.promote_types(z.dtype, torch.float32)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from diffdistill.data import Source, epoch_indices, uniform_classes
 from diffdistill.denoiser import Cond
@@ -24,6 +23,8 @@ from diffdistill.errors import UserError, refuse_url
 from diffdistill.evaluation.reference import Reference
 from diffdistill.rng import Rng
 
+# torchvision's own, without importing it, which takes a second
+IMG_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 Classes = Literal["subfolders", "none"]
 Fit = Literal["none", "crop"]
 

@@ -101,7 +101,7 @@ def _train(settings: Mapping[str, Any], folder: RunFolder, resume: Resume, dry_r
         settings = stored
         if ranks.on_main(lambda: folder.is_finished):
             return _finished(folder, resume)
-    accelerator = _accelerator(settings["precision"])
+    accelerator = accelerator_of(settings["precision"])
     todo = [part for part in parts(settings, folder, train) if not (part.name and part.folder.is_finished)]
     first = _prepared(todo[0], todo, torch.device("meta") if dry_run else accelerator.device)
     for part in todo[1:]:  # checked by shape before the first begins, built when their turn comes
@@ -305,11 +305,12 @@ def _finished(folder: RunFolder, resume: Resume) -> dict[str, Any]:
     return read_json(folder.path / "summary.json", "run_dir")
 
 
-def _accelerator(precision: str | None) -> Accelerator:
+def accelerator_of(precision: str | None, cpu: bool = False) -> Accelerator:
+    """Device and autocast of a run. precision: None is bf16 on CUDA, else fp32.  cpu: also where there is a GPU."""
     if precision is None:
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
+        precision = "bf16" if torch.cuda.is_available() and not cpu else "fp32"
     AcceleratorState._reset_state(True)  # a second run of this process may ask for another precision
-    cpu = num_processes() > 1 and not torch.cuda.is_available()
+    cpu = cpu or (num_processes() > 1 and not torch.cuda.is_available())
     return Accelerator(mixed_precision={"fp32": "no", "bf16": "bf16"}[precision], cpu=cpu)
 
 

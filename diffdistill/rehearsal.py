@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from diffdistill.bench import period
+from diffdistill.bench_step import period
 from diffdistill.config import build
 from diffdistill.data import Data
 from diffdistill.denoiser import Denoiser

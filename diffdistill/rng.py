@@ -8,6 +8,7 @@ contiguous slice of it. Salmon et al. 2011 (Philox); normals by Box and Muller 1
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class Rng:
     ) -> None:
         self.seed, self.step, self.phase, self.device = seed, step, phase, torch.device(device)
         self.ids = np.asarray(range(1) if ids is None else ids, dtype=np.int64)
+        self._runs = [self.ids] if isinstance(ids, range | None) and (ids is None or ids.step == 1) else None
         self._draws = [0]  # a list: shared by reference with the views of `take`
         self._shared: Rng | None = None
 
@@ -52,7 +54,9 @@ class Rng:
 
     def fork(self, name: str) -> Rng:
         """An independent stream with the same samples, starting at draw 0."""
-        return Rng(self.seed, self.step, f"{self.phase}/{name}", self.ids, self.device)
+        fork = Rng(self.seed, self.step, f"{self.phase}/{name}", self.ids, self.device)
+        fork._runs = self._runs
+        return fork
 
     def shared(self) -> Rng:
         """A stream with one value per draw that is equal on every rank and in every micro-batch.
@@ -88,8 +92,19 @@ class Rng:
         return self._tensor(((words * np.uint64(high)) >> np.uint64(32)).astype(np.int64), shape, torch.int64)
 
     def permutation(self, n: int, name: str) -> np.ndarray:
-        """A permutation of range(n) that depends on the seed and `name` only (epochs of a data set)."""
-        return np.random.Generator(np.random.Philox(key=self._key(name))).permutation(n)
+        """A permutation of range(n), read-only, that depends on the seed and `name` only (epochs of a data set)."""
+        return _permutation(self._key(name), n)
+
+    def seed_torch(self) -> None:
+        """Start torch's own generators at `torch_seed`, the CPU's and the device's: as torch.manual_seed, which asks
+        every kind of device and formats the stack for those that are asleep, a tenth of a small step."""
+        seed = self.torch_seed()
+        if self.device.type not in ("cpu", "cuda", "meta"):
+            torch.manual_seed(seed)
+            return
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed_all(seed)
 
     def torch_seed(self) -> int:
         """A seed for torch's own generator (dropout), different per sample group."""
@@ -101,7 +116,7 @@ class Rng:
         dropout masks. It is put back afterwards."""
         devices = [] if self.device.type == "cpu" else [self.device]
         with torch.random.fork_rng(devices, device_type="cuda" if self.device.type == "cpu" else self.device.type):
-            torch.manual_seed(self.torch_seed())
+            self.seed_torch()
             yield
 
     def _per_sample(self, shape: tuple[int, ...]) -> int:
@@ -118,16 +133,26 @@ class Rng:
         key = self._key(f"{self.step}|{self.phase}|{self._draws[0]}")
         self._draws[0] += 1
         blocks = -(-per_sample // WORDS_PER_BLOCK)
-        runs = np.split(self.ids, np.flatnonzero(np.diff(self.ids) != 1) + 1)
+        if self._runs is None:
+            self._runs = np.split(self.ids, np.flatnonzero(np.diff(self.ids) != 1) + 1)
         parts = []
-        for run in runs:  # contiguous indices are one slice of the stream
+        for run in self._runs:  # contiguous indices are one slice of the stream
             if len(run) == 0:
                 continue
             stream = np.random.Philox(key=key)
             stream.advance(int(run[0]) * blocks)
             raw = stream.random_raw(len(run) * blocks * WORDS_PER_BLOCK // 2)
             parts.append(raw.view(np.uint32).reshape(len(run), blocks * WORDS_PER_BLOCK)[:, :per_sample])
+        if len(parts) == 1:
+            return parts[0]
         return np.concatenate(parts) if parts else np.empty((0, per_sample), np.uint32)
 
     def _tensor(self, values: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, dtype).view(shape)
+
+
+@functools.lru_cache(maxsize=8)  # every step of an epoch asks for the same ones
+def _permutation(key: int, n: int) -> np.ndarray:
+    found = np.random.Generator(np.random.Philox(key=key)).permutation(n)
+    found.setflags(write=False)
+    return found

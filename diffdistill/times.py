@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,9 +67,17 @@ class KarrasIndex:
         require_positive(rho=self.rho)
 
     def __call__(self, rng: Rng, process: NoiseProcess, dtype: torch.dtype) -> Tensor:
-        grid = torch.tensor(karras(process, self.num_times - 1, self.rho)[::-1], dtype=dtype, device=rng.device)
+        grid = _karras_levels(process, self.num_times, self.rho, dtype, rng.device)
         first, last = round(self.low * (self.num_times - 1)), round(self.high * (self.num_times - 1))
         return grid[first + rng.integers(last - first + 1, (len(rng),))]
+
+
+@functools.lru_cache(maxsize=8)  # every draw asks for the same few
+def _karras_levels(
+    process: NoiseProcess, num_times: int, rho: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The grid in ascending order, [num_times]; not to be written."""
+    return torch.tensor(karras(process, num_times - 1, rho)[::-1], dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
 from diffdistill.rng import Rng
-from diffdistill.shards import norm, parts, whole
+from diffdistill.shards import norm, norm_in_float64, parts, whole
 from diffdistill.training_state import TrainingState
 
 Schedule = Callable[[int, int], float]  # (step, steps) -> factor on the learning rate
@@ -159,20 +159,10 @@ class Trainer:
         measured = self.measured(state.distiller)
         while not self.ended(state):
             progress.before(state.step + 1)
-            started, cpu_started = time.perf_counter(), time.process_time()
-            counter = PeakBytes(self._live(state)) if state.step == measured else nullcontext()
-            figures = self._run(state, data, needs, accelerator, counter)
-            if isinstance(counter, PeakBytes):
-                state.peak_bytes = counter.peak
-            seconds = time.perf_counter() - started
-            state.seconds += seconds
-            (cpu_seconds,) = ranks.highest(time.process_time() - cpu_started)
-            state.cpu_seconds += cpu_seconds
-            state.dearest = max(state.dearest, cpu_seconds)
-            state.step += 1
+            figures = self.advance(state, data, needs, accelerator, measured=state.step == measured)
             ended = self.ended(state)
             if state.step % self.log_every == 0:
-                progress.log(state.step, {**figures, "time/step_seconds": seconds})
+                progress.log(state.step, figures)
             progress.after(state.step)
             evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and not ended
             if evaluated:
@@ -184,6 +174,23 @@ class Trainer:
             if stopping:
                 break
         state.networks.train_only(())
+
+    def advance(
+        self, state: TrainingState, data: Data, needs: frozenset[str], accelerator: Accelerator, measured: bool = False
+    ) -> dict[str, float]:
+        """One step, timed; its figures if it is one to log. measured: its peak of live bytes is taken."""
+        started, cpu_started = time.perf_counter(), time.process_time()
+        counter = PeakBytes(self._live(state)) if measured else nullcontext()
+        figures = self._run(state, data, needs, accelerator, counter)
+        if isinstance(counter, PeakBytes):
+            state.peak_bytes = counter.peak
+        seconds = time.perf_counter() - started
+        state.seconds += seconds
+        (cpu_seconds,) = ranks.highest(time.process_time() - cpu_started)
+        state.cpu_seconds += cpu_seconds
+        state.dearest = max(state.dearest, cpu_seconds)
+        state.step += 1
+        return {**figures, "time/step_seconds": seconds}
 
     def ended(self, state: TrainingState) -> bool:
         """Whether no step is left: all are done, or one as dear as the dearest so far may pass `cpu_seconds`."""
@@ -253,7 +260,7 @@ class Trainer:
         for index, batch in enumerate(batches):
             networks.sync_gradients(index == len(batches) - 1)
             rng = self.rng(step, phase.name, index, networks.device)
-            torch.manual_seed(rng.torch_seed())  # dropout
+            rng.seed_torch()  # dropout
             with accelerator.autocast():
                 loss = phase.loss(batch, rng)
             if (bad := _not_finite(loss)) is not None:
@@ -272,6 +279,8 @@ class Trainer:
         """Clip and step one role; returns the norm of its gradient. Raises NonFiniteError."""
         gradients = [p.grad for p in networks.weights(role) if p.grad is not None]
         total = norm(gradients)
+        if not torch.isfinite(total):
+            total = norm_in_float64(gradients)
         if not torch.isfinite(total):
             named = [(n, p.grad) for n, p in networks.named_weights(role) if p.grad is not None]
             names = [n for n, gradient in named if not whole(gradient).isfinite().all()]

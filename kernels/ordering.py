@@ -9,13 +9,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, wraps
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from diffdistill.errors import UserError
 from diffdistill.kernels.gilbert import curve
+from diffdistill.tracing import untraced
 
 _Arguments = ParamSpec("_Arguments")
 _Found = TypeVar("_Found")
@@ -34,7 +35,7 @@ def built_once(function: Callable[_Arguments, _Found]) -> Callable[_Arguments, _
         with torch.inference_mode(False), torch.device("cpu"):
             return function(*args, **keywords)
 
-    return torch.compiler.disable(built)
+    return untraced(cast("Callable[_Arguments, _Found]", built))
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,10 @@ def _beside(group: str, option: str, groups: Mapping[str, Sequence[str]]) -> tup
         return ("data=gmm2d",) if option == "none" else ()
     if option in ("prompts", "latents"):
         return ("networks=sd15", "evaluation=none")
+    if option in ("transformer_50m", "unet_100m"):
+        return ("data=noise", "evaluation=none")
+    if option == "noise":
+        return ("networks=unet_100m", "evaluation=none")
     if group == "data":
         return ("evaluation=none", *(["distiller=denoising"] if option == "gauss_exact" else []))
     if group == "networks" and option in TINY:

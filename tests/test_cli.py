@@ -282,6 +282,7 @@ def test_completion_offers_verbs_then_keys(line, words, monkeypatch, capsys):
 
 # Options that cannot go without a key of the user.
 GIVEN = {name: ["data.path=images"] for name in ("data=image_folder", "experiment=image_folder_teacher")}
+GIVEN |= {"data=noise": ["networks=unet_100m"]}
 T2I = ("dmd2", "vsd", "tdm", "sid_lsg")
 GIVEN |= {f"experiment=t2i_{name}": ["data.path=x", "networks.path=x"] for name in T2I}
 GIVEN |= {f"data={name}": ["data.path=x", "networks=sd15", "networks.path=x"] for name in ("prompts", "latents")}

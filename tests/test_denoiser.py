@@ -531,3 +531,35 @@ def test_the_signal_map_always_feeds_the_scaled_prior_and_embeds_the_time_asked_
     SignalMap(Denoiser(network))(z, t, {})
     torch.testing.assert_close(network.seen[0], 80 / 81 * z)
     assert torch.equal(network.seen[1], t)
+
+
+def test_a_changed_process_is_matched_once_per_call_and_anew_for_other_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = mlp_from_config(0.5, 0.002, 20.0, 2, 16, 2, 3, seed=0)
+    view = Denoiser(network, "student").under(RectifiedFlow(0.01, 0.98))
+    x, t, cond = torch.randn(4, 2), torch.linspace(0.1, 0.9, 4), {"label": torch.zeros(4, dtype=torch.long)}
+    matched = []
+    match = RectifiedFlow.match
+    monkeypatch.setattr(RectifiedFlow, "match", lambda self, *given: matched.append(1) or match(self, *given))
+    first = view(x, t, cond)
+    assert len(matched) == 1
+    assert torch.equal(view(x, t, cond), first) and len(matched) == 1
+    t += 0.01
+    moved = view(x, t, cond)
+    assert len(matched) == 2 and not torch.equal(moved, first)
+    assert torch.equal(view(x, t.clone(), cond), moved) and len(matched) == 3
+
+    def at(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return view(x, t, cond)
+
+    value, tangent = jvp(at, (x, t), (torch.zeros_like(x), torch.ones_like(t)))
+    jvp(lambda x: view(x, t, cond), (x,), (x,))  # with t held: what is made there is not kept for outside
+    assert view.network.match._last[0] is not t
+    torch.testing.assert_close(view(x, t, cond), value)
+    step = (view(x, t + 1e-3, cond) - view(x, t - 1e-3, cond)) / 2e-3
+    torch.testing.assert_close(tangent, step, rtol=2e-2, atol=2e-2)
+    with torch.inference_mode():
+        view(x, t, cond)
+    network.requires_grad_(True)
+    wanting = t.clone().requires_grad_()
+    view(x, wanting, cond).sum().backward()
+    assert wanting.grad is not None and wanting.grad.abs().min() > 0

@@ -277,7 +277,8 @@ def passes_of(name: str) -> dict[str, list[str]]:
 
 
 def _line(done: Pass) -> str:
-    words = [done.role, "features" if done.layers is not None else "forward", *["backward"] * done.backward]
+    words = [done.role, "features" if done.layers is not None else "forward", *["jvp"] * done.jvp]
+    words += ["backward"] * done.backward
     return " ".join([*words, *["through input"] * done.through_input])
 
 

@@ -70,7 +70,8 @@ def test_the_rules_see_the_files_and_their_imports():
 
 def test_process_knows_nothing_of_the_package_but_errors_and_autodiff():
     assert own(ROOT / "process.py") <= {"diffdistill.autodiff", "diffdistill.errors"}
-    assert own(ROOT / "autodiff.py") <= {"diffdistill.errors"}
+    assert own(ROOT / "autodiff.py") <= {"diffdistill.errors", "diffdistill.forward_rules"}
+    assert not own(ROOT / "forward_rules.py")
     assert not own(ROOT / "errors.py")
 
 
@@ -116,7 +117,8 @@ def test_autodiff_is_the_only_caller_of_forward_mode_derivatives():
         for path in FILES
         if starts_with(imports(path) | attributes(path), *forward, "torch.autograd.functional")
     }
-    assert callers == {"autodiff.py"}
+    assert callers == {"autodiff.py", "forward_rules.py"}  # the rules are used by autodiff alone
+    assert {path.name for path in FILES if "diffdistill.forward_rules" in imports(path)} == {"autodiff.py"}
 
 
 def test_the_rng_of_the_package_is_the_only_source_of_random_numbers_in_methods():

@@ -27,7 +27,12 @@ PAGES = [
 ]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 EXAMPLES = DOCS / "examples"
-WITH_KEYS_OF_TRAIN = {"distill": "diffdistill.distill", "plan": "diffdistill.planner", "doctor": "diffdistill.doctor"}
+WITH_KEYS_OF_TRAIN = {
+    "distill": "diffdistill.distill",
+    "plan": "diffdistill.planner",
+    "doctor": "diffdistill.doctor",
+    "bench step": "diffdistill.bench",
+}
 
 
 def blocks(page: str, language: str) -> Iterator[str]:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from diffdistill.autodiff import transforms
+
 
 @dataclass(frozen=True)
 class Call:
@@ -63,36 +65,95 @@ def enter(call: Call | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Ask:
+    """What a role is asked: `function(*inputs)`, a network call of `batch` samples, is due or in progress.
+
+    inputs: nested tuples and mappings of tensors.  x: of them, what a gradient would go through.  layers: blocks
+    recorded by an early-stopped call, None for a whole one.  recordings: what outputs of blocks are being added to, by
+    block.  state: for whole calls of a denoiser, (network, x, t, cond), x [B, *shape] before its scaling and the time
+    t [B] at which it lies.
+    """
+
+    role: str
+    function: Callable[..., Any]
+    inputs: tuple[Any, ...]
+    x: Tensor
+    layers: tuple[int, ...] | None = None
+    recordings: tuple[dict[int, list[Tensor]], ...] = ()
+    state: tuple[Any, Tensor, Tensor, Mapping[str, Tensor]] | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.x)
+
+
+# sees each network call: given what is asked and what answers it, it returns the answer
+Watcher = Callable[[Ask, Callable[[], Any]], Any]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
+def watched() -> bool:
+    """Whether anybody watches network calls. In training nobody does: a call costs this question more."""
+    return _watcher.get() is not None
+
+
+def asked(ask: Ask) -> Any:
+    """The answer to it, past who watches."""
+
+    def answer() -> Any:
+        return ask.function(*ask.inputs)
+
+    watcher = _watcher.get()
+    return answer() if watcher is None else watcher(ask, answer)
+
+
+@contextmanager
+def watching(new: Watcher) -> Iterator[None]:
+    """Within the context every network call goes through `new`, inside of those who watch already."""
+    outer = _watcher.get()
+
+    def both(ask: Ask, answer: Callable[[], Any]) -> Any:
+        return new(ask, answer if outer is None else lambda: outer(ask, answer))
+
+    token = _watcher.set(both)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def tensors(out: Any) -> list[Tensor]:
+    """The answer of a network call, one tensor or several, as a list."""
+    return [out] if isinstance(out, Tensor) else list(out)
+
+
+@dataclass(frozen=True)
 class Pass:
     """One network call of a training step. backward: its output has a graph; through_input: that graph reaches its
-    input.  layers: blocks recorded by an early-stopped call, None for a whole one."""
+    input.  layers: blocks recorded by an early-stopped call, None for a whole one.  jvp: with a derivative by forward
+    mode."""
 
     role: str
     batch: int
     backward: bool
     through_input: bool
     layers: tuple[int, ...] | None = None
-
-
-_passes: ContextVar[list[Pass] | None] = ContextVar("passes", default=None)
+    jvp: bool = False
 
 
 @contextmanager
 def recorded_passes() -> Iterator[list[Pass]]:
-    """Within the context every network call is noted in the yielded list."""
+    """Within the context every network call is noted in the yielded list when it has ended."""
     noted: list[Pass] = []
-    token = _passes.set(noted)
-    try:
+
+    def note(ask: Ask, answer: Callable[[], Any]) -> Any:
+        out = answer()
+        graph = any(tensor.requires_grad for tensor in tensors(out))
+        noted.append(Pass(ask.role, ask.batch, graph, ask.x.requires_grad and graph, ask.layers, "Jvp" in transforms()))
+        return out
+
+    with watching(note):
         yield noted
-    finally:
-        _passes.reset(token)
-
-
-def note_pass(done: Pass) -> None:
-    """Add a finished network call to the recording in progress, if there is one."""
-    noted = _passes.get()
-    if noted is not None:
-        noted.append(done)
 
 
 @dataclass(frozen=True)
@@ -110,26 +171,20 @@ class Seen:
     out: Tensor
 
 
-_seen: ContextVar[list[Seen] | None] = ContextVar("seen", default=None)
-
-
 @contextmanager
 def seen_calls() -> Iterator[list[Seen]]:
     """Within the context every whole network call is kept in the yielded list, activations and all, but those under a
     transform of torch.func, whose tensors do not outlive it."""
     kept: list[Seen] = []
-    token = _seen.set(kept)
-    try:
+
+    def keep(ask: Ask, answer: Callable[[], Any]) -> Any:
+        out = answer()
+        if ask.state is not None and not torch._C._functorch.is_functorch_wrapped_tensor(out):
+            kept.append(Seen(ask.role, *ask.state, out))
+        return out
+
+    with watching(keep):
         yield kept
-    finally:
-        _seen.reset(token)
-
-
-def note_seen(seen: Seen) -> None:
-    """Keep a finished call if somebody looks."""
-    kept = _seen.get()
-    if kept is not None and not torch._C._functorch.is_functorch_wrapped_tensor(seen.out):
-        kept.append(seen)
 
 
 _repeating: ContextVar[Callable[[], AbstractContextManager[Any]]] = ContextVar("repeating", default=nullcontext)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from diffdistill.networks.call import Ask, asked
 from diffdistill.networks.inputs import sinusoid
 
 
@@ -16,6 +17,8 @@ class Heads(nn.Module):
     features: dict from layer to [B, C, *space] or [B, C]. Maps go through convolution, GroupNorm and SiLU to a
     logit map whose mean counts; vectors through a small MLP. As DMD2 (arXiv:2405.14867) on the bottleneck.
     """
+
+    role = "discriminator"
 
     def __init__(self, shapes: Mapping[int, Sequence[int]], hidden: int = 64) -> None:
         super().__init__()
@@ -28,6 +31,9 @@ class Heads(nn.Module):
 
     def forward(self, features: Mapping[int, Tensor]) -> Tensor:
         """Logits [B]; real is positive."""
+        return asked(Ask(self.role, self._logits, (features,), next(iter(features.values()))))
+
+    def _logits(self, features: Mapping[int, Tensor]) -> Tensor:
         logits = [head(features[int(name)].float()).flatten(1).mean(1) for name, head in self.heads.items()]
         return torch.stack(logits).mean(0)
 
@@ -46,6 +52,8 @@ class Scalar(nn.Module):
     forward: what the time embedding is fed, t_net [B] -> [B].
     """
 
+    role = "weight"
+
     def __init__(self, width: int = 64) -> None:
         super().__init__()
         self.width = width
@@ -55,5 +63,8 @@ class Scalar(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, t_net: Tensor) -> Tensor:
+        return asked(Ask(self.role, self._value, (t_net,), t_net))
+
+    def _value(self, t_net: Tensor) -> Tensor:
         features = sinusoid(t_net.to(self.first.weight.dtype), self.width)
         return self.last(nn.functional.silu(self.first(features))).sum(1)  # of one; a view would trouble FSDP2

@@ -90,6 +90,7 @@ class Networks:
         self.teacher, self.roles, self.shape, self.cond, self.codec = teacher, dict(roles), shape, cond, codec
         self.modes = self._check_modes(modes or {})
         self.lora, self.adapter = lora or LoraSpec(), adapter or AdapterSpec()
+        self._first: Tensor | None = None  # tensor of the teacher: where that lies, all lies
         self._views: dict[str, Any] = {}
         self._modules: dict[str, nn.Module] = {}
         self._averages: dict[str, Ema] = {}
@@ -106,6 +107,7 @@ class Networks:
                 self._build_heads(name, role)
             elif role.build == "scalar":
                 self._modules[name] = self._views[name] = Scalar().to(self._device)
+                self._views[name].role = name
         self._weights = {name: list(module.parameters()) for name, module in self._modules.items()}
         for name, role in self.roles.items():
             if role.ema_of is not None:
@@ -193,7 +195,7 @@ class Networks:
             for weight in self._weights[name]:
                 weight.requires_grad_(active)
             if self.modes.get(name) != "lora":
-                self._modules[name].train(active)
+                _set_training(self._modules[name], active)
         if self._spread is not None and frozenset(names) != self._active:
             self._spread.follow()
         self._active = frozenset(names)
@@ -206,7 +208,7 @@ class Networks:
     def spread(self, how: Spread) -> None:
         """The modules have been spread in place, before any optimizer or evaluation average was made."""
         assert not self.averages()
-        self._spread = how
+        self._spread, self._first = how, None
         self._weights = {name: list(module.parameters()) for name, module in self._modules.items()}
         for name, average in self._averages.items():
             average.over(self.weights(str(self.roles[name].ema_of)), self.weights(name))
@@ -227,8 +229,9 @@ class Networks:
             self._spread.rest()
 
     def zero_grad(self) -> None:
-        for weights in self._weights.values():
-            for weight in weights:
+        """Forget the gradients of the roles of the last `train_only`: others take none."""
+        for name in self._active:
+            for weight in self._weights[name]:
                 weight.grad = None
 
     def update_ema(self, trained: Sequence[str]) -> None:
@@ -310,8 +313,9 @@ class Networks:
 
     @property
     def _device(self) -> torch.device:
-        first = next(itertools.chain(self.teacher.parameters(), self.teacher.buffers()), None)
-        return torch.device("cpu") if first is None else first.device
+        if self._first is None:  # finding it takes longer than a draw
+            self._first = next(itertools.chain(self.teacher.parameters(), self.teacher.buffers()), None)
+        return torch.device("cpu") if self._first is None else self._first.device
 
     def _guidance(self, scale: float, interval: tuple[float, float] | None) -> Guidance | None:
         if scale == 1.0:
@@ -403,7 +407,20 @@ class Networks:
         except UserError as error:  # a method's hyperparameter of that name
             raise UserError("distiller.layers", error.constraint, error.value, error.fix) from error
         heads = Heads({layer: feature.shape[1:] for layer, feature in zip(layers, found, strict=True)})
+        heads.role = name
         self._modules[name] = self._views[name] = heads.to(x.device)
+
+
+def _set_training(module: nn.Module, active: bool) -> None:
+    """As `module.train(active)`, which modules with a way of their own are asked for, without torch's __setattr__."""
+    todo = [module]
+    while todo:
+        inner = todo.pop()
+        if type(inner).train is not nn.Module.train:
+            inner.train(active)
+            continue
+        inner.__dict__["training"] = active
+        todo += [below for below in inner._modules.values() if below is not None]
 
 
 class _RoleAdapter(nn.Module):

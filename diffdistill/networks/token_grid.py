@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffdistill.kernels.ordering import Grid
 from diffdistill.networks.call import current_call, enter
+from diffdistill.tracing import constant
 
 Inputs = Mapping[str, Any]  # of a model's forward, by name
 
@@ -135,7 +136,7 @@ def _leave(module: Any, args: tuple[Any, ...], output: Any) -> None:
     _current.set(None)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _names(cls: type[nn.Module]) -> tuple[str, ...]:
     """The arguments of a model's forward, in their order."""
     return tuple(inspect.signature(cls.forward).parameters)[1:]

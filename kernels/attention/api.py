@@ -18,6 +18,7 @@ from diffdistill.kernels.attention import cpu, flex, gather, reference
 from diffdistill.kernels.attention.layout import BlockLayout, described
 from diffdistill.kernels.attention.operators import WithRules, note, run
 from diffdistill.kernels.attention.triton_kernels import support
+from diffdistill.tracing import constant
 
 Backend = Literal["reference", "triton", "cpu", "flex", "gather"]
 BACKENDS: tuple[Backend, ...] = ("triton", "cpu", "gather", "flex", "reference")
@@ -152,7 +153,7 @@ def _named(backend: str, refused: dict[Backend, str]) -> Backend:
     return backend
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _cpu_kernel_missing() -> str | None:
     """Why the native kernel does not run on this machine, or None; the first call may compile it."""
     return cpu.why_not()

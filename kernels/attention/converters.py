@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from diffdistill.errors import UserError
 from diffdistill.kernels.attention.layout import BlockLayout, count, dense, described
+
+if TYPE_CHECKING:  # importing it brings in the compiler
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def to_bcsr(layout: BlockLayout) -> tuple[Tensor, Tensor]:
@@ -65,6 +68,8 @@ class ValidKeys:
 def to_flex(layout: BlockLayout) -> BlockMask:
     """As partial blocks of a BlockMask. Compile flex_attention: called eagerly it ignores lists without a mask_mod and
     computes dense attention."""
+    from torch.nn.attention.flex_attention import BlockMask, noop_mask
+
     missing = layout.num_k - layout.kv_idx.shape[-1]  # flex takes the lists' width for the number of key blocks
     kv_idx = torch.nn.functional.pad(layout.kv_idx, (0, missing))
     mod = noop_mask if layout.kv_valid is None else ValidKeys(layout.kv_valid, layout.block_k)
@@ -79,6 +84,8 @@ def to_flex(layout: BlockLayout) -> BlockMask:
 
 def from_flex(block_mask: BlockMask) -> BlockLayout:
     """Partial and full blocks as one layout. Raises UserError where a mask_mod hides part of a block."""
+    from torch.nn.attention.flex_attention import noop_mask
+
     q_len, kv_len = block_mask.seq_lengths
     block_q, block_k = block_mask.BLOCK_SIZE
     mod, kv_valid = block_mask.mask_mod, None

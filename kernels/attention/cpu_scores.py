@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.kernels.attention import cpu
+from diffdistill.tracing import untraced
 
 
 class _Scores(ctypes.Structure):
@@ -29,7 +30,7 @@ def why_not(q: Tensor) -> str | None:
     return cpu.supports(q, q) or cpu.why_not()
 
 
-@torch.compiler.disable  # a call of C is nothing to trace
+@untraced  # a call of C is nothing to trace
 def block_scores(q: Tensor, k: Tensor, of_q: int, of_k: int, scale: float, peak: bool) -> Tensor:
     """pooling.block_scores before its rows are normalised, for tensors that it has checked; unit last strides."""
     library = cpu.library()

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffdistill.denoiser import Cond
+from diffdistill.errors import UserError, require_positive
+from diffdistill.networks.diffusers import model_keywords
 from diffdistill.networks.families.folder import load
 from diffdistill.networks.families.stock import Stock
+from diffdistill.networks.files import seeded
+from diffdistill.networks.scheduled import Schedule
+from diffdistill.process import EDM, F
 
 
 class PixArt(Stock):
@@ -54,3 +59,26 @@ class PixArt(Stock):
 def pixart(path: str) -> PixArt:
     """From a pipeline folder or hub id."""
     return PixArt(*load(path, PixArt))
+
+
+_COUNTS = {
+    "sample_size", "patch_size", "in_channels", "out_channels", "num_layers", "num_attention_heads",
+    "attention_head_dim", "cross_attention_dim", "caption_channels",
+}  # fmt: skip
+
+
+def pixart_from_config(
+    config: Mapping[str, Any], sigma_data: float, sigma_min: float, sigma_max: float, seed: int
+) -> PixArt:
+    """With random weights, under the EDM process. config: keywords of diffusers' PixArtTransformer2DModel."""
+    from diffusers import PixArtTransformer2DModel
+
+    keywords = model_keywords(config, PixArtTransformer2DModel, _COUNTS)
+    require_positive(sigma_data=sigma_data)
+    with seeded(seed):
+        try:
+            model = PixArtTransformer2DModel(**keywords)
+        except Exception as error:  # diffusers leaves most of its keywords unchecked
+            fix = "Mend its keys."
+            raise UserError("config", "must build a diffusers PixArtTransformer2DModel", repr(error), fix) from error
+    return PixArt(model, Schedule(EDM.between(sigma_min, sigma_max), F(sigma_data), None))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.kernels.attention.triton_kernels import configs
+from diffdistill.tracing import constant
 
 OLDEST = (8, 0)
 
@@ -34,18 +35,18 @@ def architecture(x: Tensor) -> int:
     return 90 if interpreted() else _architecture(x.device.index)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _architecture(device: int | None) -> int:
     return configs.architecture(torch.cuda.get_device_capability(device))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def interpreted() -> bool:
     """Whether Triton interprets kernels on a CPU, for tests, as its environment variable asks."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
+@constant
 def missing(device: int | None) -> str | None:
     """Why this machine cannot run them, or None."""
     if importlib.util.find_spec("triton") is None:

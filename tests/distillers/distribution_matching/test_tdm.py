@@ -32,7 +32,7 @@ TEACHER = 0.5**0.5  # std of x_s under the teacher
 def rollout(b: float, num: int) -> Rollout:
     z = Rng(1, 0, "z", range(num)).normal((num, 1), torch.float64)
     t, s = torch.ones(num, dtype=torch.float64), torch.full((num,), S, dtype=torch.float64)
-    return Rollout(z, t, (2 * b - 1) * z, b * z, s, torch.zeros(num, dtype=torch.int64))
+    return Rollout(z, t, (2 * b - 1) * z, s, torch.zeros(num, dtype=torch.int64), lambda: b * z)
 
 
 def slope_of(target: tdm.FakeTargetOf, b: float, tau: float, num: int = 400_000) -> float:

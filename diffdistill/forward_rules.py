@@ -1,0 +1,159 @@
+"""Forward-mode rules of common layers whose weights have no tangent.
+
+torch's own give every operand a tangent, zeros where there are none, and then ask Python for the shape of each sum with
+such zeros: a tenth of a millisecond per sum, and a convolution or a product more. Here the tangent alone passes through
+the layer. Values and tangents are torch's up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
+
+Rule = Callable[..., Any]
+
+# the Jacobian of x -> (x - mean) rstd is symmetric: its product with a tangent is what the backward pass computes
+_backward = torch.ops.aten
+_INPUT = [True, False, False]  # of the gradients, the input's alone
+
+
+def _tangent(x: Any) -> Tensor | None:
+    return forward_ad.unpack_dual(x).tangent if isinstance(x, Tensor) else None
+
+
+def _moves(*others: Any) -> bool:
+    """Whether any of these has a tangent: then torch's own rule is right."""
+    return any(_tangent(x) is not None for x in others)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    x, moved = forward_ad.unpack_dual(input)
+    if moved is None or _moves(weight, bias):
+        return NotImplemented
+    return forward_ad.make_dual(F.linear(x, weight, bias), F.linear(moved, weight))
+
+
+def _convolution(function: Rule) -> Rule:
+    def rule(input: Tensor, weight: Tensor, bias: Tensor | None = None, *others: Any, **named: Any) -> Any:
+        x, moved = forward_ad.unpack_dual(input)
+        if moved is None or _moves(weight, bias):
+            return NotImplemented
+        value = function(x, weight, bias, *others, **named)
+        return forward_ad.make_dual(value, function(moved, weight, None, *others, **named))
+
+    return rule
+
+
+def _left_to_torch(x: Tensor) -> bool:
+    """Autocast has a choice of dtype for norms; tensors without values have no autocast that could be asked."""
+    return x.is_meta or torch.is_autocast_enabled(x.device.type)
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Any:
+    x, moved = forward_ad.unpack_dual(input)
+    if moved is None or _moves(weight, bias) or _left_to_torch(x):
+        return NotImplemented
+    x, moved = x.contiguous(), moved.contiguous()
+    sizes = (len(x), x.shape[1], x[0, 0].numel(), num_groups)
+    value, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps)
+    tangent = _backward.native_group_norm_backward(moved, x, mean, rstd, None, *sizes, _INPUT)[0]
+    scaled = tangent if weight is None else tangent * weight.view(-1, *[1] * (x.ndim - 2))
+    return forward_ad.make_dual(value, scaled)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    x, moved = forward_ad.unpack_dual(input)
+    if moved is None or len(normalized_shape) != 1 or _moves(weight, bias) or _left_to_torch(x):
+        return NotImplemented
+    value, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    tangent = _backward.native_layer_norm_backward(moved, x, normalized_shape, mean, rstd, None, None, _INPUT)[0]
+    return forward_ad.make_dual(value, tangent if weight is None else tangent * weight)
+
+
+def _of_one(rule: Callable[[Any, Any, Tensor | None, Tensor | None, Tensor], Tensor], function: Rule) -> Rule:
+    """A function of two operands, tensors or numbers, of which one alone has a tangent."""
+
+    def of_two(one: Any, other: Any, *others: Any, **named: Any) -> Any:
+        if others or named:
+            return NotImplemented
+        (x, dx), (y, dy) = _dual(one), _dual(other)
+        if (dx is None) == (dy is None):
+            return NotImplemented
+        value = function(x, y)
+        tangent = rule(x, y, dx, dy, value).to(value.dtype)
+        return forward_ad.make_dual(value, tangent.expand(value.shape).contiguous())
+
+    return of_two
+
+
+def _dual(operand: Any) -> tuple[Any, Tensor | None]:
+    return forward_ad.unpack_dual(operand) if isinstance(operand, Tensor) else (operand, None)
+
+
+def _sum(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
+    return dx if dx is not None else dy  # type: ignore[return-value]
+
+
+def _difference(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
+    return dx if dx is not None else -dy  # type: ignore[operator]
+
+
+def _product(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
+    return dx * y if dx is not None else x * dy
+
+
+def _quotient(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
+    return dx / y if dx is not None else -(value / y) * dy
+
+
+def _hypotenuse(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
+    return x * dx / value if dx is not None else y * dy / value
+
+
+def _angle(y: Any, x: Any, dy: Tensor | None, dx: Tensor | None, value: Tensor) -> Tensor:
+    return (x * dy if dy is not None else -y * dx) / (x * x + y * y)
+
+
+RULES: dict[Any, Rule] = {
+    F.linear: _linear,
+    F.conv1d: _convolution(F.conv1d),
+    F.conv2d: _convolution(F.conv2d),
+    F.conv3d: _convolution(F.conv3d),
+    F.group_norm: _group_norm,
+    F.layer_norm: _layer_norm,
+    torch.hypot: _of_one(_hypotenuse, torch.hypot),
+    torch.atan2: _of_one(_angle, torch.atan2),
+    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _of_one(_sum, torch.add)),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _of_one(_difference, torch.sub)),
+    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _of_one(_product, torch.mul)),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _of_one(_quotient, torch.div)),
+}
+
+
+class Rules(TorchFunctionMode):
+    """Within the context these rules hold, where they apply: under one derivative, not under that of a derivative, for
+    which torch has no rules of what they are made of."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        rule = RULES.get(func)
+        if rule is not None and len(torch._C._functorch.get_interpreter_stack() or ()) == 1:
+            found = rule(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
+        return func(*args, **(kwargs or {}))
