@@ -357,6 +357,15 @@ def test_a_student_that_does_not_heed_yet_is_not_called_well() -> None:
     assert state("condition", condition__student=[0.0] * 2, condition__student_doubt=[0.1] * 2) == "unknown"
 
 
+def test_samples_are_judged_by_what_a_rough_teacher_gives_the_data() -> None:
+    for sign, of in (("guidance", "teacher"), ("condition", "student")):
+        rough = {f"condition__{of}": [0.33] * 6, f"condition__{of}_doubt": [0.05] * 6, "condition__data_doubt": [0.05]}
+        assert state(sign, **rough) == "alarm"
+        assert state(sign, **rough, condition__data=[0.5]) == "well"
+        assert state(sign, **rough, condition__data=[1.0]) == "alarm"
+        assert state(sign, **{**rough, f"condition__{of}": [0.1] * 6}, condition__data=[-1.0]) == "alarm"
+
+
 def test_an_average_that_is_begun_again_is_not_judged_across_it() -> None:
     assert state("average", average__student_first=[0.2, 0.95]) == "unknown"
     assert state("average", average__student_first=[0.2, 0.95, 0.6]) == "well"

@@ -212,9 +212,9 @@ def labels(course: Course) -> Verdict:
 def guidance(course: Course) -> Verdict:
     return _slope(
         course, "guidance", "teacher",
-        "the guided teacher draws what it is told to",
-        "the guided teacher does not draw what it is told to",
-        "set guidance.scale to 1; it is w of D_null + w (D_c - D_null).",
+        "the teacher's sampler draws what it is told to",
+        "the teacher's sampler does not draw what it is told to",
+        "set guidance.scale to 1, it is w of D_null + w (D_c - D_null); then check sampler.grid and sampler.num_steps.",
     )  # fmt: skip
 
 
@@ -226,15 +226,18 @@ def condition(course: Course) -> Verdict:
         "if labels are well, lower the student's lr; check null_share and guidance.scale.",
     )  # fmt: skip
     if verdict.state == "alarm" and not course.late:
-        return Verdict("condition", "unknown", "not judged before half of the steps", verdict.figure, HEEDED)
+        return Verdict("condition", "unknown", "not judged before half of the steps", verdict.figure, verdict.threshold)
     return verdict
 
 
 def _slope(course: Course, name: str, of: str, well: str, ill: str, fix: str) -> Verdict:
+    """Of samples against half of what a teacher that knows its law only roughly gives the data themselves."""
     slopes, doubts = course.series(f"health/condition/{of}"), course.series(f"health/condition/{of}_doubt")
     value = slopes[-1][1] if slopes else None
-    bad = value is not None and value + doubts[-1][1] < HEEDED
-    return _told(name, course, value, HEEDED, bad, well, ill, fix)
+    data = course.series("health/condition/data")
+    least = HEEDED * min(1.0, max(HEEDED, data[-1][1])) if data and of != "data" else HEEDED
+    bad = value is not None and value + doubts[-1][1] < least
+    return _told(name, course, value, least, bad, well, ill, fix)
 
 
 def time_range(course: Course) -> Verdict:
