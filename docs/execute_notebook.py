@@ -24,17 +24,17 @@ def execute(notebook: Path, out: Path, most: float) -> float:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
     content = nbformat.read(notebook, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["TMPDIR"] = folder  # what it writes goes with it
+        # what it writes goes with it; this process keeps its own environment
+        own = {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "TMPDIR": folder}
         client = NotebookClient(
             content, timeout=most, kernel_name="python3", resources={"metadata": {"path": folder}},
             extra_arguments=["--IPKernelApp.log_level=40"],  # errors
         )  # fmt: skip
         started = time.monotonic()
         try:
-            client.execute()
+            client.execute(env={**os.environ, **own})
         except (CellExecutionError, CellTimeoutError) as error:
             raise RuntimeError(str(error)) from None
         seconds = time.monotonic() - started

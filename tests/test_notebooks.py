@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -118,7 +119,10 @@ def test_a_notebook_that_fails_warns_or_takes_long_is_refused(
     cell = {"cell_type": "code", "execution_count": None, "id": "a", "metadata": {}, "outputs": [], "source": code}
     notebook, out = tmp_path / "n.ipynb", tmp_path / "out" / "n.ipynb"
     notebook.write_text(json.dumps({**content, "cells": [cell]}))
+    before = dict(os.environ)
     status = executing.main([str(notebook), str(out), most])
+    own = {"PYTEST_CURRENT_TEST"}
+    assert {k: v for k, v in os.environ.items() if k not in own} == {k: v for k, v in before.items() if k not in own}
     assert (status, out.exists()) == ((1, False) if said else (0, True))
     if said:
         assert said in capsys.readouterr().err
