@@ -94,8 +94,8 @@ def _of_one(rule: Callable[[Any, Any, Tensor | None, Tensor | None, Tensor], Ten
         if (dx is None) == (dy is None):
             return NotImplemented
         value = function(x, y)
-        tangent = rule(x, y, dx, dy, value).to(value.dtype)
-        return forward_ad.make_dual(value, tangent.expand(value.shape).contiguous())
+        tangent = rule(x, y, dx, dy, value).to(value.dtype).expand(value.shape)
+        return forward_ad.make_dual(value, tangent.contiguous())
 
     return of_two
 
@@ -105,11 +105,11 @@ def _dual(operand: Any) -> tuple[Any, Tensor | None]:
 
 
 def _sum(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
-    return dx if dx is not None else dy  # type: ignore[return-value]
+    return (dx if dx is not None else dy).clone()  # type: ignore[union-attr]  # for what is done in place to the sum
 
 
 def _difference(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
-    return dx if dx is not None else -dy  # type: ignore[operator]
+    return dx.clone() if dx is not None else -dy  # type: ignore[operator]
 
 
 def _product(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:

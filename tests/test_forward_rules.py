@@ -47,6 +47,8 @@ CASES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...]]] = {
     "hypotenuse": (lambda x: torch.hypot(x, ROW) + torch.hypot(ROW, x) + torch.hypot(x, x), (5, 8)),
     "angle": (lambda x: torch.atan2(x, ROW) + torch.atan2(ROW, x) + torch.atan2(x, 2 * x), (5, 8)),
     "of itself": (lambda x: x * x + x - x, (5, 8)),
+    "in place to a sum": (lambda x: (x + ROW).mul_(2) + x + (NUMBER + x).mul_(3) + x, (5, 8)),
+    "in place to a difference": (lambda x: (x - ROW).mul_(2) + x, (5, 8)),
     "in place": (lambda x: (x * 1).add_(ROW).mul_(2), (5, 8)),
 }  # fmt: skip
 
