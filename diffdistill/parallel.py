@@ -165,11 +165,13 @@ class Replicas:
 def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Gradients of one dtype each, in order, up to `_BUCKET` bytes together."""
     bucket: list[Tensor] = []
+    size = 0
     for gradient in gradients:
-        if bucket and (gradient.dtype != bucket[0].dtype or sum(g.nbytes for g in bucket) + gradient.nbytes > _BUCKET):
+        if bucket and (gradient.dtype != bucket[0].dtype or size + gradient.nbytes > _BUCKET):
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(gradient)
+        size += gradient.nbytes
     if bucket:
         yield bucket
 
