@@ -6,6 +6,7 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from diffdistill.errors import UserError
 from diffdistill.forward_rules import Rules
@@ -21,14 +23,20 @@ from diffdistill.forward_rules import Rules
 class Tangent(Protocol):
     """How a method takes its derivatives: exactly, or by differences where a network has no forward-mode rules.
 
-    Called like `jvp`. reach: how far from its point it evaluates, in units of the tangents.
+    Called like `jvp`, but the value has its graph where gradients are enabled. All calls of the function share their
+    dropout masks.  one_pass: whether value and derivative may come from one call of the function, see
+    `Networks.one_pass`.  reach: how far from its point it evaluates, in units of the tangents.
     """
 
     @property
     def reach(self) -> float: ...
 
     def __call__(
-        self, function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+        self,
+        function: Callable[..., Tensor],
+        primals: tuple[Tensor, ...],
+        tangents: tuple[Tensor, ...],
+        one_pass: bool = False,
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -41,14 +49,23 @@ class Exact:
         return 0.0
 
     def __call__(
-        self, function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+        self,
+        function: Callable[..., Tensor],
+        primals: tuple[Tensor, ...],
+        tangents: tuple[Tensor, ...],
+        one_pass: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        return jvp(function, primals, tangents)
+        if one_pass or not torch.is_grad_enabled():
+            return jvp(function, primals, tangents, graph=torch.is_grad_enabled())
+        with torch.random.fork_rng():
+            tangent = jvp(function, primals, tangents)[1]
+        return function(*primals), tangent
 
 
 @dataclass(frozen=True)
 class CentralDifference:
-    """[f(x + h v) - f(x - h v)] / 2h, off by the order of h^2; any kernel will do, three calls.
+    """[f(x + h v) - f(x - h v)] / 2h, off by the order of h^2; any kernel will do, three calls, of which the value's
+    is one.
 
     step: h, a share of the tangents. With float32 networks 1e-2 to 1e-3: the rounding of f counts 1/h times.
     All calls start from one state of torch's generator, so they share their dropout masks.
@@ -65,7 +82,11 @@ class CentralDifference:
         return self.step
 
     def __call__(
-        self, function: Callable[..., Tensor], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+        self,
+        function: Callable[..., Tensor],
+        primals: tuple[Tensor, ...],
+        tangents: tuple[Tensor, ...],
+        one_pass: bool = False,
     ) -> tuple[Tensor, Tensor]:
         def at(share: float) -> Tensor:
             with torch.random.fork_rng():
@@ -73,22 +94,37 @@ class CentralDifference:
 
         with torch.no_grad():
             tangent = (at(self.step) - at(-self.step)) / (2 * self.step)
-            return function(*primals), tangent
+        return function(*primals), tangent
 
 
-def jvp(function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> tuple[Any, Any]:
+def jvp(
+    function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...], graph: bool = False
+) -> tuple[Any, Any]:
     """Value of `function` at `primals` and its derivative along `tangents`, exactly.
 
     primals, tangents: tensors of equal shapes, one tangent per argument. The function may return a tensor or a
-    tuple of tensors; both results have that structure. No graph is kept: tangents are targets, so callers take the
-    derivative here and run one ordinary pass for the gradient. Every operation inside needs a forward rule: fused
-    attention has none, so torch's attention runs on its math backend here (the same function, more memory).
+    tuple of tensors; both results have that structure.  graph: the value keeps the graph that an ordinary call would
+    have, so that one pass gives a target and a gradient; derivatives have none.  Every operation inside needs a forward
+    rule: fused attention has none, so torch's attention runs on its math backend here (the same function, more memory)
+    where `Rules` has none either.
     """
     _load_forward_rules()
     mended = contextlib.nullcontext() if torch.__version__ >= "2.14" else _ContiguousGroupNorm()
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), mended, Rules():
-        value, tangent = torch.func.jvp(function, primals, tangents)[:2]
-    return value, tangent
+    token = _targets.set(graph)
+    try:
+        with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), mended, Rules():
+            value, tangent = torch.func.jvp(function, primals, tangents)[:2]
+    finally:
+        _targets.reset(token)
+    return value, pytree.tree_map(Tensor.detach, tangent) if graph else tangent
+
+
+_targets: ContextVar[bool] = ContextVar("targets", default=False)
+
+
+def tangents_are_targets() -> bool:
+    """Whether a `jvp` under way keeps the values' graph and wants none of its tangents."""
+    return _targets.get()
 
 
 def transforms() -> tuple[str, ...]:
@@ -100,6 +136,13 @@ def transforms() -> tuple[str, ...]:
     found = tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
     plain = torch.autograd.forward_ad._current_level >= 0 and "Jvp" not in found
     return ("Jvp", *found) if plain else found
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """Its values without what torch.func wraps them in, in their graph."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
 def numbers(x: Tensor) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffdistill.autodiff import jvp, transforms
+from diffdistill.autodiff import jvp, transforms, unwrapped
 from diffdistill.distillers.base import Phase
 from diffdistill.networks.call import Ask, tensors, watching
 
@@ -41,7 +41,8 @@ class Made:
     def name(self) -> str:
         """What distinguishes it from other passes of the step."""
         what = self.direction if self.whole else "features"
-        back = "" if not self.reached else " + backward" + (" through its input" if any(self.moved) else "")
+        through = self.direction == "forward" and any(self.moved)
+        back = "" if not self.reached else " + backward" + (" through its input" if through else "")
         return f"{self.phase.name}: {self.role} {what}{back}, batch {self.batch}"
 
     def forward(self) -> list[Tensor]:
@@ -72,7 +73,8 @@ class Made:
             return self.function(*pytree.tree_unflatten(fresh, spec))
 
         primals = tuple(leaves[place] for place in places)
-        return tensors(jvp(function, primals, tuple(torch.ones_like(primal) for primal in primals))[0])
+        tangents = tuple(torch.ones_like(primal) for primal in primals)
+        return tensors(jvp(function, primals, tangents, graph=self.reached)[0])
 
 
 class Recorder:
@@ -93,7 +95,7 @@ class Recorder:
             )
             inputs = pytree.tree_unflatten([_plain(leaf) for leaf in leaves], spec)
             found = tensors(out)
-            graph = not by_forward_mode and any(tensor.requires_grad for tensor in found)
+            graph = any(unwrapped(tensor).requires_grad for tensor in found)
             direction: Direction = "jvp" if by_forward_mode else "forward"
             blocks = [{layer: kept[-1] for layer, kept in one.items()} for one in ask.recordings]
             made = Made(
@@ -107,8 +109,8 @@ class Recorder:
                 made.reached = True
 
             for tensor in (*found, *(kept for one in blocks for kept in one.values())) if graph else ():
-                if tensor.requires_grad:
-                    tensor.register_hook(arrived)
+                if (bare := unwrapped(tensor)).requires_grad:
+                    bare.register_hook(arrived)
             return out
 
         with watching(keep):
@@ -141,7 +143,9 @@ def answered(passes: Sequence[Made]) -> Iterator[None]:
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
 
         def given(value: Tensor) -> Tensor:
-            return _Answered.apply(value, anchor, *inputs) if made.graph else value
+            if not made.graph:
+                return value
+            return value + anchor if made.direction == "jvp" else _Answered.apply(value, anchor, *inputs)
 
         for kept, one in zip(made.recorded, ask.recordings, strict=True):
             for layer, value in kept.items():
@@ -161,6 +165,4 @@ def _plain(leaf: Any) -> Any:
     """A tensor without its graph and without what forward mode wraps it in."""
     if not isinstance(leaf, Tensor):
         return leaf
-    while _is_wrapped(leaf):
-        leaf = torch._C._functorch.get_unwrapped(leaf)
-    return leaf.detach()
+    return unwrapped(leaf).detach()

@@ -2,7 +2,8 @@
 
 torch's own give every operand a tangent, zeros where there are none, and then ask Python for the shape of each sum with
 such zeros: a tenth of a millisecond per sum, and a convolution or a product more. Here the tangent alone passes through
-the layer. Values and tangents are torch's up to rounding.
+the layer. Values and tangents are torch's up to rounding. Values keep their graph where gradients are enabled, tangents
+have none: they are targets.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 Rule = Callable[..., Any]
@@ -21,6 +23,7 @@ Rule = Callable[..., Any]
 # the Jacobian of x -> (x - mean) rstd is symmetric: its product with a tangent is what the backward pass computes
 _backward = torch.ops.aten
 _INPUT = [True, False, False]  # of the gradients, the input's alone
+_FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def _tangent(x: Any) -> Tensor | None:
@@ -36,7 +39,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     x, moved = forward_ad.unpack_dual(input)
     if moved is None or _moves(weight, bias):
         return NotImplemented
-    return forward_ad.make_dual(F.linear(x, weight, bias), F.linear(moved, weight))
+    with torch.no_grad():
+        tangent = F.linear(moved, weight)
+    return forward_ad.make_dual(F.linear(x, weight, bias), tangent)
 
 
 def _convolution(function: Rule) -> Rule:
@@ -45,7 +50,9 @@ def _convolution(function: Rule) -> Rule:
         if moved is None or _moves(weight, bias):
             return NotImplemented
         value = function(x, weight, bias, *others, **named)
-        return forward_ad.make_dual(value, function(moved, weight, None, *others, **named))
+        with torch.no_grad():
+            tangent = function(moved, weight, None, *others, **named)
+        return forward_ad.make_dual(value, tangent)
 
     return rule
 
@@ -64,8 +71,9 @@ def _group_norm(
     x, moved = x.contiguous(), moved.contiguous()
     sizes = (len(x), x.shape[1], x[0, 0].numel(), num_groups)
     value, mean, rstd = torch.native_group_norm(x, weight, bias, *sizes, eps)
-    tangent = _backward.native_group_norm_backward(moved, x, mean, rstd, None, *sizes, _INPUT)[0]
-    scaled = tangent if weight is None else tangent * weight.view(-1, *[1] * (x.ndim - 2))
+    with torch.no_grad():
+        tangent = _backward.native_group_norm_backward(moved, x, mean, rstd, None, *sizes, _INPUT)[0]
+        scaled = tangent if weight is None else tangent * weight.view(-1, *[1] * (x.ndim - 2))
     return forward_ad.make_dual(value, scaled)
 
 
@@ -80,8 +88,47 @@ def _layer_norm(
     if moved is None or len(normalized_shape) != 1 or _moves(weight, bias) or _left_to_torch(x):
         return NotImplemented
     value, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
-    tangent = _backward.native_layer_norm_backward(moved, x, normalized_shape, mean, rstd, None, None, _INPUT)[0]
-    return forward_ad.make_dual(value, tangent if weight is None else tangent * weight)
+    with torch.no_grad():
+        tangent = _backward.native_layer_norm_backward(moved, x, normalized_shape, mean, rstd, None, None, _INPUT)[0]
+        scaled = tangent if weight is None else tangent * weight
+    return forward_ad.make_dual(value, scaled)
+
+
+def _activation(function: Rule, derivative: Rule) -> Rule:
+    """derivative: what the backward pass computes of a gradient and x, which is as well the product with a tangent."""
+
+    def rule(input: Tensor, inplace: bool = False, **named: Any) -> Any:
+        x, moved = forward_ad.unpack_dual(input)
+        if moved is None or inplace:
+            return NotImplemented
+        with torch.no_grad():
+            tangent = derivative(moved, x, **named)
+        return forward_ad.make_dual(function(x, **named), tangent)
+
+    return rule
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, *others: Any, scale: float | None = None, **named: Any
+) -> Any:
+    """Without masks and dropout. Fused kernels have no rule, but their values have a graph of little memory."""
+    (q, dq), (k, dk), (v, dv) = (forward_ad.unpack_dual(x) for x in (query, key, value))
+    asked = [x for x in (*others, *named.values()) if isinstance(x, Tensor) or x]
+    if all(moved is None for moved in (dq, dk, dv)) or asked or _left_to_torch(q):
+        return NotImplemented
+    scale, graph = q.shape[-1] ** -0.5 if scale is None else scale, torch.is_grad_enabled()
+    with torch.no_grad():
+        shares = (scale * q @ k.mT).softmax(-1)
+        parts = [] if dv is None else [shares @ dv]
+        slopes = [scale * one @ other.mT for one, other in ((dq, k), (q, dk)) if one is not None and other is not None]
+        if slopes:
+            slope = sum(slopes[1:], slopes[0])
+            parts.append((shares * (slope - (shares * slope).sum(-1, keepdim=True))) @ v)
+        tangent, out = sum(parts[1:], parts[0]), None if graph else shares @ v
+    if out is None:
+        with sdpa_kernel(_FUSED):
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return forward_ad.make_dual(out, tangent)
 
 
 def _of_one(rule: Callable[[Any, Any, Tensor | None, Tensor | None, Tensor], Tensor], function: Rule) -> Rule:
@@ -94,8 +141,9 @@ def _of_one(rule: Callable[[Any, Any, Tensor | None, Tensor | None, Tensor], Ten
         if (dx is None) == (dy is None):
             return NotImplemented
         value = function(x, y)
-        tangent = rule(x, y, dx, dy, value).to(value.dtype).expand(value.shape)
-        return forward_ad.make_dual(value, tangent.contiguous())
+        with torch.no_grad():
+            tangent = rule(x, y, dx, dy, value).to(value.dtype).expand(value.shape).contiguous()
+        return forward_ad.make_dual(value, tangent)
 
     return of_two
 
@@ -135,6 +183,9 @@ RULES: dict[Any, Rule] = {
     F.conv3d: _convolution(F.conv3d),
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
+    F.silu: _activation(F.silu, _backward.silu_backward),
+    F.gelu: _activation(F.gelu, _backward.gelu_backward),
+    F.scaled_dot_product_attention: _attention,
     torch.hypot: _of_one(_hypotenuse, torch.hypot),
     torch.atan2: _of_one(_angle, torch.atan2),
     **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _of_one(_sum, torch.add)),

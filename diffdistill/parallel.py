@@ -142,6 +142,8 @@ class Replicas:
     block; DDP's reducer does not know of phases that train some adapters of a shared backbone.
     """
 
+    whole = True  # on each process
+
     def sync_gradients(self, on: bool) -> None:
         """Nothing: sums of several backward passes are averaged once, by `settle`."""
 
@@ -178,6 +180,8 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 class Sharding:
     """What `shard` made of networks: the modules that were sharded as one."""
+
+    whole = False
 
     def __init__(self, roots: Sequence[Any]) -> None:
         self.roots = list(roots)

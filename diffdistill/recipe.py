@@ -102,6 +102,7 @@ def assemble_parts(
             guidance_interval=interval,
             codec=(getattr(data, "codec", None) or PIXELS) if "codec" in needs else PIXELS,
         )
+    networks.checkpointed = bool(settings.get("checkpointing"))
     for role, node in (settings.get("attention") or {}).items():
         _attend(networks, str(role), node)
     distiller = build(settings["distiller"], networks=networks)

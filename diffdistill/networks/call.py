@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffdistill.autodiff import transforms
+from diffdistill.autodiff import transforms, unwrapped
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def recorded_passes() -> Iterator[list[Pass]]:
 
     def note(ask: Ask, answer: Callable[[], Any]) -> Any:
         out = answer()
-        graph = any(tensor.requires_grad for tensor in tensors(out))
+        graph = any(unwrapped(tensor).requires_grad for tensor in tensors(out))
         noted.append(Pass(ask.role, ask.batch, graph, ask.x.requires_grad and graph, ask.layers, "Jvp" in transforms()))
         return out
 
@@ -173,14 +173,18 @@ class Seen:
 
 @contextmanager
 def seen_calls() -> Iterator[list[Seen]]:
-    """Within the context every whole network call is kept in the yielded list, activations and all, but those under a
-    transform of torch.func, whose tensors do not outlive it."""
+    """Within the context every whole network call is kept in the yielded list, activations and all, but those without
+    a graph under a transform of torch.func."""
     kept: list[Seen] = []
 
     def keep(ask: Ask, answer: Callable[[], Any]) -> Any:
         out = answer()
-        if ask.state is not None and not torch._C._functorch.is_functorch_wrapped_tensor(out):
-            kept.append(Seen(ask.role, *ask.state, out))
+        if ask.state is not None:
+            network, x, t, cond = ask.state
+            bare = [unwrapped(value) for value in (x, t, out)]
+            if bare[-1] is out or bare[-1].requires_grad:
+                cond = {key: unwrapped(value) for key, value in cond.items()}
+                kept.append(Seen(ask.role, network, bare[0], bare[1], cond, bare[2]))
         return out
 
     with watching(keep):

@@ -30,6 +30,8 @@ Build = Literal["denoiser", "heads", "scalar"]
 class Spread(Protocol):
     """What `parallel` leaves with networks that several processes train."""
 
+    @property
+    def whole(self) -> bool: ...
     def sync_gradients(self, on: bool) -> None: ...
     def follow(self) -> None: ...
     def settle(self, weights: Sequence[Tensor]) -> None: ...
@@ -115,6 +117,7 @@ class Networks:
                 self._averages[name] = Ema(self.weights(role.ema_of), rate, self.weights(name))
         self._active = frozenset(self._modules)
         self._spread: Spread | None = None
+        self.checkpointed = False  # blocks repeat their forward pass in the backward one
         self.train_only(())
 
     # -- views ------------------------------------------------------------------------------------------------
@@ -133,6 +136,12 @@ class Networks:
     @property
     def device(self) -> torch.device:
         return self._device
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether a call can give a derivative by forward mode and a gradient at once: neither torch's checkpointing
+        nor FSDP2's hooks take part in that."""
+        return not self.checkpointed and (self._spread is None or self._spread.whole)
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from diffdistill.autodiff import transforms
+from diffdistill.autodiff import tangents_are_targets, transforms
 from diffdistill.kernels.attention import cpu, gather
 from diffdistill.kernels.attention.layout import BlockLayout
 
@@ -237,7 +237,8 @@ class WithRules(torch.autograd.Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor]:
         q, k, v, o, lse = ctx.saved_tensors
         layout = ctx.layout
-        graph = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        wanted = torch.is_grad_enabled() and not tangents_are_targets()
+        graph = wanted and any(x.requires_grad for x in (q, k, v))
         if ctx.backend != "triton" or graph or transforms() != ("Jvp",):  # another derivative follows: torch's own
             return gather.tangent(tangents[:3], q, k, v, o, lse, layout, ctx.scale, ctx.key_bias)
         rest = (layout.kv_num, layout.kv_idx, layout.kv_valid, ctx.key_bias, layout.block_q, layout.block_k)

@@ -209,6 +209,27 @@ def test_what_lies_in_slots_without_a_key_never_matters():
         assert torch.equal(found, wanted) and not wanted.isnan().any()
 
 
+@pytest.mark.parametrize("name", ["ragged", "bias", "nothing on"])
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_pass_with_tangents_keeps_the_gradient(backend, name):
+    skip_unless(backend)
+    case = CASES[name]
+    layout, tensors, bias = layout_of(case), tensors_of(case), bias_of(case)
+    directions = tensors_of(case, seed=1)
+    weight = torch.ones(1, requires_grad=True)
+
+    def attend(q, k, v):
+        return block_sparse_attention(q * weight, k * weight, v * weight, layout, case.scale, bias, True, backend)[0]
+
+    with recorded_backends() as ran:
+        value, tangent = jvp(attend, tensors, directions, graph=True)
+    assert ran == [backend] and not tangent.requires_grad
+    assert off(tangent, jvp(attend, tensors, directions)[1]) < 5e-6
+    (found,) = torch.autograd.grad(value.square().mean(), weight)
+    (wanted,) = torch.autograd.grad(attend(*tensors).square().mean(), weight)
+    assert off(found, wanted) < 5e-6
+
+
 def test_a_tangent_of_one_argument_leaves_the_others_still():
     case = CASES["plain"]
     layout, (q, k, v) = layout_of(case), tensors_of(case, torch.float64)

@@ -33,16 +33,23 @@ from diffdistill.times import TimeLaw
 
 
 def average_target(
-    student: FlowMap, x_t: Tensor, t: Tensor, s: Tensor, velocity: Tensor, cond: Cond, tangent: Tangent
-) -> Tensor:
-    """v - (t - s) du/dt, [B, *shape], no gradient: what u(x_t, t, s) is where it is the average velocity."""
+    student: FlowMap,
+    x_t: Tensor,
+    t: Tensor,
+    s: Tensor,
+    velocity: Tensor,
+    cond: Cond,
+    tangent: Tangent,
+    one_pass: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """v - (t - s) du/dt, without gradient: what u(x_t, t, s) is where it is the average velocity; and that u, with one
+    where they are enabled; [B, *shape] each. one_pass: see `Tangent`."""
 
     def average(x: Tensor, time: Tensor) -> Tensor:
         return student.average_velocity(x, time, s, cond)
 
-    with torch.no_grad():
-        along = tangent(average, (x_t, t), (velocity, torch.ones_like(t)))[1]
-        return velocity - expand(t - s, x_t) * along
+    ours, along = tangent(average, (x_t, t), (velocity, torch.ones_like(t)), one_pass)
+    return velocity - expand(t - s, x_t) * along, ours
 
 
 class MeanFlow(Distiller):
@@ -101,9 +108,9 @@ class MeanFlow(Distiller):
         with torch.no_grad():
             velocity = target.predict(x_t, t, batch.cond, VELOCITY)
         with rng.dropout():
-            goal = average_target(student, x_t, t, s, velocity, batch.cond, self.tangent)
-        with rng.dropout():
-            error = (student.average_velocity(x_t, t, s, batch.cond) - goal).flatten(1).square().sum(1)
+            one_pass = self.networks.one_pass
+            goal, ours = average_target(student, x_t, t, s, velocity, batch.cond, self.tangent, one_pass)
+        error = (ours - goal).flatten(1).square().sum(1)
         weight = (error.detach() + self.c) ** -self.power
         return Loss({"mean_flow": (weight * error).mean()}, {"error": error.detach().mean()})
 

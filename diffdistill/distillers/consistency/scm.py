@@ -36,11 +36,19 @@ from diffdistill.times import TimeLaw
 
 
 def consistency_tangent(
-    student: Denoiser, x_t: Tensor, t: Tensor, velocity: Tensor, cond: Cond, ramp: float, tangent: Tangent
+    student: Denoiser,
+    x_t: Tensor,
+    t: Tensor,
+    velocity: Tensor,
+    cond: Cond,
+    ramp: float,
+    tangent: Tangent,
+    one_pass: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """cos t df/dt along `velocity`, and the student's velocity sd F there; [B, *shape] each, no gradient.
+    """cos t df/dt along `velocity`, without gradient, and the student's velocity sd F there, with one where they are
+    enabled; [B, *shape] each.
 
-    student: a view under Trig.  ramp: r.  At r = 0 it is -cos^2 t (sd F - dx/dt).
+    student: a view under Trig.  ramp: r.  At r = 0 it is -cos^2 t (sd F - dx/dt).  one_pass: see `Tangent`.
     """
     cos, sin = (expand(value, x_t) for value in (torch.cos(t), torch.sin(t)))
     scaled = cos * sin
@@ -48,9 +56,8 @@ def consistency_tangent(
     def predict(x: Tensor, time: Tensor) -> Tensor:
         return student.predict(x, time, cond, VELOCITY)
 
-    with torch.no_grad():
-        ours, along = tangent(predict, (x_t, t), (scaled * velocity, torch.cos(t) * torch.sin(t)))
-        return -cos.square() * (ours - velocity) - ramp * (scaled * x_t + along), ours
+    ours, along = tangent(predict, (x_t, t), (scaled * velocity, torch.cos(t) * torch.sin(t)), one_pass)
+    return -cos.square() * (ours.detach() - velocity) - ramp * (scaled * x_t + along), ours
 
 
 def normalised(g: Tensor, c: float | None) -> Tensor:
@@ -128,14 +135,12 @@ class ContinuousConsistency(Distiller):
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         rng = rng.fork(type(self).__name__)
         x_t, t, velocity, cond = self.states(batch, rng)
-        student = self.student
+        student, one_pass = self.student, self.networks.one_pass
         ramp = min(1.0, rng.step / self.warmup) if self.warmup else 1.0
         with rng.dropout():
-            g, ours = consistency_tangent(student, x_t, t, velocity, cond, ramp, self.tangent)
+            g, predicted = consistency_tangent(student, x_t, t, velocity, cond, ramp, self.tangent, one_pass)
         size = g.flatten(1).norm(dim=1).mean()
-        with rng.dropout():
-            predicted = student.predict(x_t, t, cond, VELOCITY)
-        gap = (predicted - ours) / self.sigma_data - normalised(g, self.normalise)
+        gap = (predicted - predicted.detach()) / self.sigma_data - normalised(g, self.normalise)
         error = sample_mean(gap.square())
         if self.adaptive:
             log_variance = self.networks["weight"](student.network.time(t))
