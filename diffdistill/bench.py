@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from diffdistill import config_files
+from diffdistill.bench_plain import WORDS as PLAIN
 from diffdistill.bench_plot import plot_steps
 from diffdistill.bench_step import measured
 from diffdistill.config import compose
@@ -32,7 +33,7 @@ from diffdistill.machine import machine, versions
 from diffdistill.recipe import assemble
 from diffdistill.run_folder import new_file, writing
 
-SCHEMA = 2
+SCHEMA = 3
 NOISY = 3
 QUICK = {"pairs": 8, "batch_size": 8}
 WITHOUT_DATA = "noise"  # the data of networks that have none of their own
@@ -51,8 +52,8 @@ class Pair:
     def name(self) -> str:
         return f"{self.distiller} on {self.networks}"
 
-    def settings(self) -> DictConfig:
-        return compose("train", [*self.words, "run_dir=none"])
+    def settings(self, *more: str) -> DictConfig:
+        return compose("train", [*self.words, "run_dir=none", *more])
 
 
 def arguments(words: Sequence[str]) -> list[str]:
@@ -159,7 +160,7 @@ def _words(distiller: str, networks: str, batch_size: int | None, overrides: Seq
 def _one(pair: Pair, rounds: int, device: str) -> dict[str, Any]:
     settings = pair.settings()
     accelerator: Accelerator = accelerator_of(settings["precision"], cpu=device == "cpu")
-    found = measured(settings, accelerator, rounds, bool(settings["compile"]))
+    found = measured(settings, pair.settings(*PLAIN), accelerator, rounds, bool(settings["compile"]))
     return {"distiller": pair.distiller, "networks": pair.networks, "words": list(pair.words), **found}
 
 
@@ -219,6 +220,9 @@ def _table(result: dict[str, Any]) -> Table:
     for name, key in RATIOS.items():
         table.add_row(name, "", f"{result[key]:.3f}", "")
     table.add_row("steps per second", "", f"{result['steps_per_second']:.1f}", "")
+    if result["speed_up"] is not None:
+        table.add_row("the plain loop", "", f"{result['plain_milliseconds']:.2f}", "")
+        table.add_row("plain loop / steps", "", f"{result['speed_up']:.3f}", "")
     table.add_row("peak live MiB", "", f"{result['peak_bytes'] / 2**20:.1f}", "")
     return table
 
@@ -232,13 +236,13 @@ RATIOS = {
 
 
 def _overview(results: Sequence[dict[str, Any]]) -> Table:
-    title = "steps over the sum of their parts, over passes and updates (p+u), over passes"
+    title = "steps over the sum of their parts, over passes and updates (p+u), over passes; the plain loop over steps"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("distiller", "networks", "sum", "p+u", "passes", "null", "steps/s", "MiB"):
+    for name in ("distiller", "networks", "sum", "p+u", "passes", "null", "plain", "steps/s", "MiB"):
         table.add_column(name, no_wrap=True)
     for r in results:
         ratios = (f"{r[key]:.3f}" for key in RATIOS.values())
-        table.add_row(
-            r["distiller"], r["networks"], *ratios, f"{r['steps_per_second']:.1f}", f"{r['peak_bytes'] / 2**20:.1f}"
-        )
+        plain = "" if r["speed_up"] is None else f"{r['speed_up']:.2f}"
+        mib = f"{r['peak_bytes'] / 2**20:.1f}"
+        table.add_row(r["distiller"], r["networks"], *ratios, plain, f"{r['steps_per_second']:.1f}", mib)
     return table

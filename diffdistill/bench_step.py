@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from diffdistill.bench_passes import Made, Recorder, answered
+from diffdistill.bench_plain import PlainLoop, why_not
 from diffdistill.config import build
 from diffdistill.distillers.base import Phase
 from diffdistill.memory import held
@@ -102,6 +103,13 @@ class Bench:
             self.peak = max(getattr(self, "peak", 0), self.state.peak_bytes)
         return self.clock.now() - started
 
+    def plain_cycle(self, loop: PlainLoop) -> float:
+        """Milliseconds of the same steps by the plain loop."""
+        started = self.clock.now()
+        for step in range(self.length):
+            loop.step(step)
+        return self.clock.now() - started
+
     def round(self) -> None:
         """Time every part, passes in the order of the steps: one after its like finds warm caches, as it does there."""
         for made in self.passes:
@@ -185,19 +193,35 @@ class Bench:
         return {**parts, UPDATES: Part(UPDATES, 1), ARITHMETIC: Part(ARITHMETIC, 1)}
 
 
-def measured(settings: Mapping[str, Any], accelerator: Accelerator, pairs: int, compiled: bool) -> dict[str, Any]:
-    """Figures of one recipe from `pairs` rounds; in each the cycle is timed first, then its parts, then it again.
+def plain_loop(bench: Bench, settings: Mapping[str, Any]) -> PlainLoop | str:
+    """The plain loop of a recipe, warm, or why there is none."""
+    if (why := why_not(bench.distiller, bench.trainer)) is not None:
+        return why
+    recipe = assemble(settings, bench.accelerator.device)
+    loop = PlainLoop(replace(recipe, data=WithMade(recipe.data)), bench.trainer, bench.accelerator)
+    bench.plain_cycle(loop)
+    return loop
+
+
+def measured(
+    settings: Mapping[str, Any], plainly: Mapping[str, Any], accelerator: Accelerator, pairs: int, compiled: bool
+) -> dict[str, Any]:
+    """Figures of one recipe from `pairs` rounds; in each the cycle is timed first, then its parts, then it again, then
+    the plain loop, built of the settings `plainly`, where there is one.
 
     Times are milliseconds of a cycle, medians over rounds.
     """
     bench = Bench(settings, accelerator, compiled)
-    first, again, wall = [], [], []
+    plain = plain_loop(bench, plainly)
+    first, again, wall, slow = [], [], [], []
     for _ in range(pairs):
         started = time.perf_counter()
         first.append(bench.cycle())
         wall.append(time.perf_counter() - started)
         bench.round()
         again.append(bench.cycle())
+        if isinstance(plain, PlainLoop):
+            slow.append(bench.plain_cycle(plain))
     bench.cycle(measured=True)
     passes = sum(part.of_cycle for name, part in bench.parts.items() if name not in (UPDATES, ARITHMETIC))
     updates, arithmetic = bench.parts[UPDATES].of_cycle, bench.parts[ARITHMETIC].of_cycle
@@ -215,6 +239,9 @@ def measured(settings: Mapping[str, Any], accelerator: Accelerator, pairs: int, 
         "ratio": whole / total,
         "ratio_to_passes_and_updates": whole / (passes + updates),
         "ratio_to_passes": whole / passes,
+        "plain": plain if isinstance(plain, str) else "as written in bench_plain.py",
+        "plain_milliseconds": statistics.median(slow) if slow else None,
+        "speed_up": statistics.median(p / b for p, b in zip(slow, again, strict=True)) if slow else None,
         "null_ratio": statistics.median(b / a for a, b in zip(first, again, strict=True)),
         "steps_per_second": bench.length / statistics.median(wall),
         "peak_bytes": bench.peak,

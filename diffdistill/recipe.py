@@ -103,6 +103,8 @@ def assemble_parts(
             codec=(getattr(data, "codec", None) or PIXELS) if "codec" in needs else PIXELS,
         )
     networks.checkpointed = bool(settings.get("checkpointing"))
+    if settings.get("channels_last"):
+        networks.lay_channels_last()
     for role, node in (settings.get("attention") or {}).items():
         _attend(networks, str(role), node)
     distiller = build(settings["distiller"], networks=networks)

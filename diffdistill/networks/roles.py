@@ -280,6 +280,14 @@ class Networks:
             stack.callback(self.rest)
             yield
 
+    def lay_channels_last(self) -> None:
+        """Weights of two-dimensional convolutions, and so what they compute, with channels innermost."""
+        for name in self.roles:
+            view = self._views[name]
+            module: Any = view.network if isinstance(view, Denoiser) else view
+            module.to(memory_format=torch.channels_last)
+        self.teacher.to(memory_format=torch.channels_last)
+
     def compile(self) -> None:
         """torch.compile every network in place, once per distinct module."""
         networks: dict[int, Any] = {id(v.network): v.network for v in self._views.values() if isinstance(v, Denoiser)}
