@@ -57,6 +57,10 @@ class Made:
             ]
             return tensors(self.function(*pytree.tree_unflatten(fresh, spec)))
 
+    def tensors(self) -> list[Tensor]:
+        """What goes in."""
+        return [leaf for leaf in pytree.tree_leaves(self.inputs) if isinstance(leaf, Tensor)]
+
     def backward(self, outputs: Sequence[Tensor]) -> None:
         """From ones at each output of `forward`."""
         open_ends = [output for output in outputs if output.requires_grad]
@@ -165,4 +169,4 @@ def _plain(leaf: Any) -> Any:
     """A tensor without its graph and without what forward mode wraps it in."""
     if not isinstance(leaf, Tensor):
         return leaf
-    return unwrapped(leaf).detach()
+    return unwrapped(unwrapped(leaf).detach())  # what is made under a transform is wrapped in it

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from diffdistill.bench_memory import bytes_of, least_bytes
 from diffdistill.bench_passes import Made, Recorder, answered
 from diffdistill.bench_plain import PlainLoop, why_not
 from diffdistill.config import build
@@ -170,6 +171,12 @@ class Bench:
                     total += self.clock.now() - started
         return total
 
+    def least_bytes(self) -> int:
+        """The fewest live bytes of the cycle's largest phase."""
+        stays = self.trainer._live(self.state)
+        found = [bytes_of(made, stays, self.networks, self.accelerator.autocast) for made in self.passes]
+        return least_bytes(stays, self.passes, found, self.networks)
+
     # -- what there is ----------------------------------------------------------------------------------------
 
     def _batches(self, step: int) -> Any:
@@ -223,6 +230,7 @@ def measured(
         if isinstance(plain, PlainLoop):
             slow.append(bench.plain_cycle(plain))
     bench.cycle(measured=True)
+    least = bench.least_bytes()
     passes = sum(part.of_cycle for name, part in bench.parts.items() if name not in (UPDATES, ARITHMETIC))
     updates, arithmetic = bench.parts[UPDATES].of_cycle, bench.parts[ARITHMETIC].of_cycle
     whole, total = statistics.median([*first, *again]), passes + updates + arithmetic
@@ -245,6 +253,8 @@ def measured(
         "null_ratio": statistics.median(b / a for a, b in zip(first, again, strict=True)),
         "steps_per_second": bench.length / statistics.median(wall),
         "peak_bytes": bench.peak,
+        "least_bytes": least,
+        "ratio_of_bytes": bench.peak / least,
         "held": held(),
     }
 
