@@ -30,6 +30,7 @@ from diffdistill.errors import UserError, require_at_least
 from diffdistill.evaluation.plots import check_picture
 from diffdistill.launch import accelerator_of
 from diffdistill.machine import machine, versions
+from diffdistill.memory import keep_freed
 from diffdistill.recipe import assemble
 from diffdistill.run_folder import new_file, writing
 
@@ -98,6 +99,7 @@ def step(
     for text in left_out:
         console.print(f"left out: {text['distiller']} on {text['networks']}: {text['why']}", highlight=False)
     torch.set_num_threads(1 if device == "cpu" else threads)
+    keep_freed(device == "cpu")  # as training does
     results = []
     try:
         for pair in todo:
@@ -107,6 +109,7 @@ def step(
                 _write(out, results, left_out, device)
     finally:
         torch.set_num_threads(threads)
+        keep_freed(False)
     if plot is not None:
         with writing(plot, "plot", "Name another place, or make room."):
             plot_steps(results, plot)

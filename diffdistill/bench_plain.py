@@ -258,7 +258,7 @@ def why_not(method: Any, trainer: Trainer) -> str | None:
     if type(method) not in PLAINLY:
         return f"{type(method).__name__} is not written plainly"
     several = isinstance(method, DMD2 | SiD) and len(method.times) > 1
-    gan = type(method) is DMD2 and method.gan_weight or isinstance(method, FDistill) and not method.gan_weight
+    gan = (type(method) is DMD2 and method.gan_weight) or (isinstance(method, FDistill) and not method.gan_weight)
     if several or gan or getattr(method, "prior_std", None) is not None:
         return "only one step is, DMD2 without GAN and f-distill with one"
     if isinstance(method, SCM) and (method.velocity == "data" or method.scales is not None or method.adaptive):

@@ -16,6 +16,7 @@ from diffdistill.bench_plain import PLAINLY, PlainLoop, why_not
 from diffdistill.config import build
 from diffdistill.distillers.base import Batch, Phase
 from diffdistill.launch import accelerator_of
+from diffdistill.memory import keep_freed
 from diffdistill.recipe import assemble
 from diffdistill.rng import Rng
 from diffdistill.stand_in import Made as WithMade
@@ -190,3 +191,25 @@ def test_bytes_of_one_layer_by_hand() -> None:
     found = bytes_of(one, [layer.weight], One(), accelerator.autocast)  # type: ignore[arg-type]
     assert found.graph == 2 * out and found.forward == 2 * out  # the square keeps what it is taken of
     assert weights <= found.backward <= weights + 4 * out
+
+
+def test_freed_memory_stays_only_where_it_is_asked_to() -> None:
+    """Page faults of a tensor made and freed again and again, on glibc."""
+    resource = pytest.importorskip("resource")
+    if not keep_freed(False):
+        pytest.skip("another C library")
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            blocks = [torch.ones(6 * 2**20) for _ in range(8)]  # 24 MiB each
+            del blocks
+        return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt) - before
+
+    given_back = faults()
+    try:
+        assert keep_freed(True)
+        faults()
+        assert faults() < given_back / 5
+    finally:
+        keep_freed(False)
