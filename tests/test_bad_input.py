@@ -261,6 +261,7 @@ ANY_VALUE = {
     "signal": "every finite exponent",
     "noise": "every finite exponent",
     "train.command": "text that cards quote",
+    "train.channels_last": "both are legal",
     "train.compile": "both are legal",
     "train.checkpointing": "both are legal; a network that has none is refused",
     "train.dry_run": "both are legal",
