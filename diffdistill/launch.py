@@ -75,6 +75,7 @@ def train(
     watchdog: DictConfig | None,
     resume: bool | Literal["auto"],
     compile: bool,
+    together: bool,
     checkpointing: bool,
     command: str,
     dry_run: bool,

@@ -101,6 +101,7 @@ def assemble_parts(
             guidance_scale=scale,
             guidance_interval=interval,
             codec=(getattr(data, "codec", None) or PIXELS) if "codec" in needs else PIXELS,
+            together=bool(settings.get("together")),
         )
     for role, node in (settings.get("attention") or {}).items():
         _attend(networks, str(role), node)

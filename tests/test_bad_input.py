@@ -262,6 +262,7 @@ ANY_VALUE = {
     "noise": "every finite exponent",
     "train.command": "text that cards quote",
     "train.compile": "both are legal",
+    "train.together": "both are legal; where nothing can share a call nothing does",
     "train.checkpointing": "both are legal; a network that has none is refused",
     "train.dry_run": "both are legal",
     "distill.dry_run": "both are legal",
