@@ -20,7 +20,8 @@ from diffdistill.denoiser import Denoiser, Guidance, denoised
 from diffdistill.errors import UserError
 from diffdistill.latents import write
 from diffdistill.networks.attention import math, set_attention
-from diffdistill.networks.call import Call, enter, recorded_passes, seen_calls
+from diffdistill.networks.call import Call, current_call, enter, recorded_passes, seen_calls
+from diffdistill.networks.joined import answers
 from diffdistill.networks.mlp import mlp_from_config
 from diffdistill.networks.roles import Networks, Role
 from diffdistill.recipe import Recipe, assemble_parts
@@ -152,27 +153,29 @@ def null_of(tiny: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_roles_of_every_family_share_a_call(family: str) -> None:
-    tiny = TINY[family]
+def test_roles_of_every_family_share_a_call_at_states_times_and_conditions_of_their_own(family: str) -> None:
+    tiny, roles = TINY[family], ("target", "fake_score", "student", "target", "fake_score")
     source = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, *tiny.shape, generator=source, dtype=torch.float64)
-    cond = {**conditions(tiny), "step": torch.tensor([0.0, 1, 2]), "w": torch.tensor([1.0, 2, 5]).double()}
+    states = torch.randn(len(roles), BATCH, *tiny.shape, generator=source, dtype=torch.float64)
+    shares = torch.rand(len(roles), BATCH, generator=source, dtype=torch.float64)
+    extra = [{"step": torch.arange(BATCH) + 2.0 * i, "w": 1 + torch.arange(BATCH).double() * i} for i in range(5)]
     found = []
     for together in (False, True):
         networks = networks_of(family, together)
         process = networks["target"].process
-        t = process.t_min + torch.tensor([0.2, 0.5, 0.9]).double() * (process.t_max - process.t_min)
-        given = x.clone().requires_grad_()
+        times = process.t_min + (0.05 + 0.9 * shares) * (process.t_max - process.t_min)
+        x = states.clone().requires_grad_()
+        questions = [
+            question
+            for i, role in enumerate(roles)
+            for question in networks[role]._questions(x[i], times[i], {**conditions(tiny, seed=i), **extra[i]})
+        ]
         with recorded_passes() as passes:
-            out = denoised([networks[role] for role in ("target", "fake_score", "student")], given, t, cond)
-        (slope,) = torch.autograd.grad(sum((i + 1.0) * one.square().sum() for i, one in enumerate(out)), given)
-        assert [(done.role, done.batch) for done in passes] == (
-            [("target+fake_score+student", 4 * BATCH)]
-            if together
-            else [("target", BATCH), ("target", BATCH), ("fake_score", BATCH), ("student", BATCH)]
-        )
+            out = answers(questions)
+        (slope,) = torch.autograd.grad(sum((i + 1.0) * one.square().sum() for i, one in enumerate(out)), x)
+        assert [done.batch for done in passes] == ([7 * BATCH] if together else [BATCH] * 7)
+        assert passes[0].role == ("target+fake_score+student" if together else "target")
         found.append([*out, slope])
-    assert (found[0][0] - found[0][1]).abs().max() > 1e-3 and (found[0][1] - found[0][2]).abs().max() > 1e-3
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-10, atol=1e-10 * float(one.detach().abs().max()))
 
@@ -342,7 +345,9 @@ def test_each_part_attends_by_its_roles_attention() -> None:
             self.seen: list[Any] = []
 
         def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: Any = None, layout: Any = None, mask: Any = None):
-            self.seen.append(len(q))
+            call = current_call()
+            assert call is not None and call.t is not None
+            self.seen.append((call.role, len(call.t), len(q)))
             return self.factor * math(q, k, v, scale=scale, mask=mask)
 
         def ready(self) -> None:
@@ -363,7 +368,7 @@ def test_each_part_attends_by_its_roles_attention() -> None:
 
     call = shared(4, 2)
     got = out(call, slice(0, 6))
-    assert attention.seen and set(attention.seen) == {2}
+    assert attention.seen and set(attention.seen) == {("fake_score", 2, 2)}
     wanted = torch.cat([out(part, rows) for part, rows in call.rows(6)])
     torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
     assert not torch.allclose(wanted[4:], out(call.parts[0], slice(4, 6)), atol=1e-6)
