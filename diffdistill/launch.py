@@ -260,7 +260,17 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         folder.refuse_occupied()
         return None
     stored = folder.read_config("run_dir")
-    for key in ("adapter", "attention", "probe", "health", "parallel", "watchdog", "tracker", *MADE.values()):
+    for key in (
+        "adapter",
+        "attention",
+        "probe",
+        "health",
+        "parallel",
+        "watchdog",
+        "tracker",
+        "together",
+        *MADE.values(),
+    ):
         if key not in stored:  # written before there were any: its method needs none
             stored[key] = settings[key]
     if OmegaConf.is_dict(stored["evaluation"]) and "stop" not in stored["evaluation"]:  # likewise

@@ -372,3 +372,11 @@ def test_each_part_attends_by_its_roles_attention() -> None:
     wanted = torch.cat([out(part, rows) for part, rows in call.rows(6)])
     torch.testing.assert_close(got, wanted, rtol=1e-11, atol=1e-12)
     assert not torch.allclose(wanted[4:], out(call.parts[0], slice(4, 6)), atol=1e-6)
+
+
+def test_a_shared_call_compiles_to_one_graph() -> None:
+    networks = mlp_networks()
+    views = networks["target"], networks["fake_score"]
+    wanted = denoised(views, X, T, COND)
+    networks.teacher.compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(denoised(views, X, T, COND), wanted)

@@ -7,7 +7,6 @@ checkpointing) re-enters the call of the forward pass it repeats.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -56,12 +55,15 @@ class Call:
         if not self.parts:
             return [(self, slice(0, length))]
         sizes = [len(part.t) for part in self.parts if part.t is not None]
-        each, left = divmod(length, sum(sizes))
-        if left or not each:
+        each = length // sum(sizes)  # not divmod, which torch.compile does not know
+        if not each or each * sum(sizes) != length:
             found = f"a layer that sees {length} rows for {sum(sizes)} samples"
             raise UserError("together", "needs a network whose layers see every sample", found, "Set it to false.")
-        ends = list(itertools.accumulate(each * size for size in sizes))
-        return [(part, slice(start, end)) for part, start, end in zip(self.parts, [0, *ends[:-1]], ends, strict=True)]
+        found_rows, start = [], 0
+        for part, size in zip(self.parts, sizes, strict=True):
+            found_rows.append((part, slice(start, start + each * size)))
+            start += each * size
+        return found_rows
 
     def of(self, role: str, x: Tensor) -> list[Tensor]:
         """Of a tensor [rows, ...] inside the network what belongs to `role`, by question."""
