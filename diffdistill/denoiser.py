@@ -287,6 +287,7 @@ class _Changed:
     def __init__(self, network: Network, process: NoiseProcess) -> None:
         self.hidden = getattr(network, "hidden", first_tensor)
         self.network, self.process = network, process
+        self.unchanged = getattr(network, "unchanged", network)  # the network that runs, as it is
         self.match = _Match(process, network.process)
         self.kind: Kind = _ChangedKind(network.kind, network.process, self.match)
 

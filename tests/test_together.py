@@ -24,6 +24,7 @@ from diffdistill.networks.call import Call, current_call, enter, recorded_passes
 from diffdistill.networks.joined import answers
 from diffdistill.networks.mlp import mlp_from_config
 from diffdistill.networks.roles import Networks, Role
+from diffdistill.process import RectifiedFlow
 from diffdistill.recipe import Recipe, assemble_parts
 from diffdistill.rng import Rng
 
@@ -275,7 +276,8 @@ def test_only_views_over_one_network_in_evaluation_mode_share_a_call() -> None:
     assert calls_of(target, fake) == 1
     assert calls_of(target, replace(fake, together=False)) == 2
     assert calls_of(target, replace(fake, network=mlp_from_config(0.5, 0.002, 20.0, 2, 16, 3, 3, seed=0))) == 2
-    assert calls_of(target, fake.under(fake.process)) == 1  # the same network in another process
+    flow = RectifiedFlow()
+    assert calls_of(target.under(flow), fake.under(flow).under(fake.process)) == 1  # one network, other processes
     networks.teacher.train()
     assert calls_of(target, fake) == 3
 

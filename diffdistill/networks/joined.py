@@ -46,7 +46,7 @@ class Question:
     @property
     def module(self) -> Any:
         """What runs: the network, or the one that it shows in another process."""
-        return getattr(self.network, "network", self.network)
+        return getattr(self.network, "unchanged", self.network)
 
     def fits(self, other: Question) -> bool:
         """Whether one call may answer both: over one network in evaluation mode, for batches that can be concatenated.
