@@ -35,7 +35,8 @@ class Made:
     inputs: tuple[Any, ...] = field(repr=False)  # detached
     moved: tuple[bool, ...] = field(repr=False)  # of the tensors among them, those with a gradient or tangent
     answers: list[Tensor] = field(repr=False)
-    recorded: list[dict[int, Tensor]] = field(repr=False, default_factory=list)  # outputs of blocks, by recording
+    # outputs of blocks, by recording; one for each question that the pass answers
+    recorded: list[dict[int, list[Tensor]]] = field(repr=False, default_factory=list)
 
     @property
     def name(self) -> str:
@@ -90,6 +91,7 @@ class Recorder:
     @contextmanager
     def during(self, phase: Phase) -> Iterator[None]:
         def keep(ask: Ask, answer: Callable[[], Any]) -> Any:
+            before = [{layer: len(kept) for layer, kept in one.items()} for one in ask.recordings]
             out = answer()
             leaves, spec = pytree.tree_flatten(ask.inputs)
             by_forward_mode = "Jvp" in transforms()
@@ -101,18 +103,22 @@ class Recorder:
             found = tensors(out)
             graph = any(unwrapped(tensor).requires_grad for tensor in found)
             direction: Direction = "jvp" if by_forward_mode else "forward"
-            blocks = [{layer: kept[-1] for layer, kept in one.items()} for one in ask.recordings]
+            blocks = [
+                {layer: kept[had[layer] :] for layer, kept in one.items()}
+                for one, had in zip(ask.recordings, before, strict=True)
+            ]
             made = Made(
                 phase, ask.role, ask.batch, ask.layers is None, direction, graph, ask.function, inputs, moved,
                 [_plain(tensor) for tensor in found],
-                [{layer: _plain(tensor) for layer, tensor in one.items()} for one in blocks],
+                [{layer: [_plain(tensor) for tensor in kept] for layer, kept in one.items()} for one in blocks],
             )  # fmt: skip
             self.passes.append(made)
 
             def arrived(gradient: Tensor) -> None:
                 made.reached = True
 
-            for tensor in (*found, *(kept for one in blocks for kept in one.values())) if graph else ():
+            kept = [tensor for one in blocks for found_there in one.values() for tensor in found_there]
+            for tensor in (*found, *kept) if graph else ():
                 if (bare := unwrapped(tensor)).requires_grad:
                     bare.register_hook(arrived)
             return out
@@ -152,10 +158,10 @@ def answered(passes: Sequence[Made]) -> Iterator[None]:
             return value + anchor if made.direction == "jvp" else _Answered.apply(value, anchor, *inputs)
 
         for kept, one in zip(made.recorded, ask.recordings, strict=True):
-            for layer, value in kept.items():
-                one[layer].append(given(value))
+            for layer, values in kept.items():
+                one[layer].extend(given(value) for value in values)
         answers = [given(value) for value in made.answers]
-        return answers[0] if made.whole else answers
+        return answers[0] if made.whole and len(answers) == 1 else answers
 
     with watching(recall):
         yield

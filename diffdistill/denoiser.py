@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diffdistill.autodiff import transforms
 from diffdistill.errors import UserError
-from diffdistill.networks.call import Ask, Call, asked, current_call, enter, watched
+from diffdistill.networks.call import Ask, asked, current_call
+from diffdistill.networks.joined import Question, answers
 from diffdistill.process import VELOCITY, X0, Kind, NoiseProcess, expand
 
 Cond = Mapping[str, Tensor]  # batch first; a null condition has batch 1 and is expanded
@@ -98,13 +99,15 @@ class Denoiser:
     """E[x0 | x_t, cond] through a network.
 
     network: raw prediction.  role: whose weights run.  guidance: None is the plain conditional model.
-    inputs: (name, value) of extra inputs that calls need not give.
+    inputs: (name, value) of extra inputs that calls need not give.  together: what it asks may share a network
+    call: the two questions of guidance, and in `denoised` those of views over one network.
     """
 
     network: Network
     role: str = "teacher"
     guidance: Guidance | None = None
     inputs: tuple[tuple[str, float], ...] = ()
+    together: bool = False
 
     @property
     def process(self) -> NoiseProcess:
@@ -120,11 +123,12 @@ class Denoiser:
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Cond, kind: Kind) -> Tensor:
         """The prediction at (x_t, t) as `kind`, [B, *shape], guided if the view is."""
-        return self.process.convert(self._guided(x_t, t, cond), x_t, t, self.network.kind, kind)
+        raw = self._raw(answers(self._questions(x_t, t, cond)), t)
+        return self.process.convert(raw, x_t, t, self.network.kind, kind)
 
     def predict_at(self, x: Tensor, t_state: Tensor, t: Tensor, cond: Cond, kind: Kind) -> Tensor:
         """As `predict`, but the state x lies at t_state while the time embedding is fed t (BOOT's signal map)."""
-        raw = self._raw(x, t_state, t, cond)
+        raw = self._question(x, t_state, t, cond).answer()
         return self.process.convert(raw, x, t_state, self.network.kind, kind)
 
     def guided(self, guidance: Guidance | None) -> Denoiser:
@@ -146,13 +150,14 @@ class Denoiser:
             ends = self.process.angle(torch.tensor(guidance.interval, dtype=torch.float64))
             low, high = network.process.time_at(ends).tolist()
             guidance = replace(guidance, interval=(low, high))
-        return Denoiser(network, self.role, guidance, self.inputs)
+        return replace(self, network=network, guidance=guidance)
 
     @contextmanager
     def record(self, layers: Sequence[int]) -> Iterator[dict[int, list[Tensor]]]:
         """Within the context every call of this view also stores the outputs of blocks `layers`, with no extra pass.
 
-        Yields a dict from layer to its features [B, ...], one list entry per network call.
+        Yields a dict from layer to its features [B, ...], one list entry per question to the network, of a guided pair
+        the conditional one first.
         """
         with self._hooked(layers, stop=False) as features:
             token = _recordings.set((*_recordings.get(), (self.role, features)))
@@ -166,7 +171,7 @@ class Denoiser:
 
         def recorded(x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
             with self._hooked(layers, stop=True) as features, suppress(_EarlyStop):
-                self._raw(x_t, t, t, cond)
+                self._question(x_t, t, t, cond).answer()
             return [features[layer][0] for layer in layers]
 
         return asked(Ask(self.role, recorded, (x_t, t, cond), x_t, tuple(layers)))
@@ -185,10 +190,10 @@ class Denoiser:
         def keep(layer: int) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 call = current_call()
-                if call is not None and call.role == self.role:
-                    found[layer].append(hidden(output))
-                    if stop and layer == max(layers):
-                        raise _EarlyStop
+                mine = [] if call is None else call.of(self.role, hidden(output))
+                found[layer].extend(mine)
+                if mine and stop and layer == max(layers):
+                    raise _EarlyStop
 
             return hook
 
@@ -200,33 +205,38 @@ class Denoiser:
             for handle in handles:
                 handle.remove()
 
-    def _guided(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        # every kind is affine in D with the same x_t term, so guiding the raw prediction guides D
+    def _questions(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Question]:
+        """What the network is asked for one prediction: with guidance under the condition and without."""
         if self.guidance is None:
-            return self._raw(x_t, t, t, cond)
-        without = unconditioned(cond, self.guidance.null, x_t)
-        if self.guidance.is_unconditional:
-            return self._raw(x_t, t, t, without)
-        conditional = self._raw(x_t, t, t, cond)
-        unconditional = self._raw(x_t, t, t, without)
-        return unconditional + expand(self.guidance.weight(t), x_t) * (conditional - unconditional)
+            return [self._question(x_t, t, t, cond)]
+        without = self._question(x_t, t, t, unconditioned(cond, self.guidance.null, x_t))
+        return [without] if self.guidance.is_unconditional else [self._question(x_t, t, t, cond), without]
 
-    def _raw(self, x: Tensor, t_state: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def _raw(self, found: Sequence[Tensor], t: Tensor) -> Tensor:
+        """The raw prediction from the answers to `_questions`."""
+        if len(found) == 1:
+            return found[0]
+        # every kind is affine in D with the same x_t term, so guiding the raw prediction guides D
+        assert self.guidance is not None
+        conditional, unconditional = found
+        return unconditional + expand(self.guidance.weight(t), conditional) * (conditional - unconditional)
+
+    def _question(self, x: Tensor, t_state: Tensor, t: Tensor, cond: Cond) -> Question:
         x_in = (expand(self.network.scale(t_state), x) * x).to(x.dtype)
         missing = {name: torch.full_like(t, value) for name, value in self.inputs if name not in cond}
         cond = {**cond, **missing} if missing else cond
         s = self.network.time(cond["s"]) if "s" in cond else None
         inputs = (x_in, self.network.time(t), t, s, cond)
-        if not watched():
-            return self._enter(*inputs)
         recordings = tuple(found for role, found in _recordings.get() if role == self.role)
-        state = (self.network, x, t_state, cond)
-        return asked(Ask(self.role, self._enter, inputs, x, recordings=recordings, state=state))
+        return Question(self.role, self.network, x, t_state, inputs, self.together, recordings)
 
-    def _enter(self, x_in: Tensor, t_net: Tensor, t: Tensor, s: Tensor | None, cond: Cond) -> Tensor:
-        """The network alone, in a call of this role."""
-        with enter(Call(self.role, t, cond.get("step"), cond.get("w"), s)):
-            return self.network(x_in, t_net, cond)
+
+def denoised(denoisers: Sequence[Denoiser], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+    """D(x_t, t, cond) of each, [B, *shape]: in one network call where they are views of one network and `together`."""
+    questions = [denoiser._questions(x_t, t, cond) for denoiser in denoisers]
+    found = iter(answers([question for asked in questions for question in asked]))
+    raw = [view._raw([next(found) for _ in own], t) for view, own in zip(denoisers, questions, strict=True)]
+    return [view.process.convert(r, x_t, t, view.network.kind, X0) for view, r in zip(denoisers, raw, strict=True)]
 
 
 class _Match:
@@ -277,6 +287,7 @@ class _Changed:
     def __init__(self, network: Network, process: NoiseProcess) -> None:
         self.hidden = getattr(network, "hidden", first_tensor)
         self.network, self.process = network, process
+        self.unchanged = getattr(network, "unchanged", network)  # the network that runs, as it is
         self.match = _Match(process, network.process)
         self.kind: Kind = _ChangedKind(network.kind, network.process, self.match)
 

@@ -77,6 +77,7 @@ def train(
     resume: bool | Literal["auto"],
     channels_last: bool,
     compile: bool,
+    together: bool,
     checkpointing: bool,
     command: str,
     dry_run: bool,
@@ -272,6 +273,7 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         "watchdog",
         "tracker",
         "channels_last",
+        "together",
         *MADE.values(),
     ):
         if key not in stored:  # written before there were any: its method needs none

@@ -101,6 +101,7 @@ def assemble_parts(
             guidance_scale=scale,
             guidance_interval=interval,
             codec=(getattr(data, "codec", None) or PIXELS) if "codec" in needs else PIXELS,
+            together=bool(settings.get("together")),
         )
     networks.checkpointed = bool(settings.get("checkpointing"))
     if settings.get("channels_last"):

@@ -263,6 +263,7 @@ ANY_VALUE = {
     "train.command": "text that cards quote",
     "train.channels_last": "both are legal",
     "train.compile": "both are legal",
+    "train.together": "both are legal; where nothing can share a call nothing does",
     "train.checkpointing": "both are legal; a network that has none is refused",
     "train.dry_run": "both are legal",
     "distill.dry_run": "both are legal",

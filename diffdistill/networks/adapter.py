@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
-from diffdistill.networks.call import current_call
+from diffdistill.networks.call import Call, current_call, enter
 
 AdapterKind = Literal["cross", "offset"]
 MAX_POSITIONS = 250
@@ -180,26 +180,47 @@ class Hooks:
 
     def _add(self, adapter: nn.Module) -> Any:
         def hook(module: nn.Module, inputs: Any, keywords: Any, outputs: Any) -> Any:
-            w = self.scale()
-            if w is None:
+            call = current_call()
+            shared = call is not None and bool(call.parts)
+            w = None if shared else self.scale()
+            if w is None and not shared:
                 return None
             place = _place(module, inputs, keywords, outputs)
             output = outputs if place is None else outputs[place]
             hidden = _hidden(inputs, keywords, output)
-            tokens = _tokens(hidden)
             condition = _prompt(inputs, keywords)
             if condition is None and self.condition is not None:
                 condition = self.condition[:, None]
-            dtype = next(adapter.parameters()).dtype
-            w = w.expand(len(tokens)).to(tokens.device)
-            given = None if condition is None else condition.to(dtype)
-            assert self.time is not None
-            time = self.time.to(dtype).expand(len(tokens), -1)
-            found = adapter(tokens.to(dtype), w, time, given).to(output.dtype)
-            changed = output + (found.transpose(1, 2) if output.ndim > 3 else found).reshape(output.shape)
+
+            def change(w: Tensor, rows: slice) -> Tensor:
+                given = None if condition is None else condition[rows]
+                assert self.time is not None
+                return _change(adapter, hidden[rows], w, self.time.expand(len(hidden), -1)[rows], given, output[rows])
+
+            def of_part(part: Call, rows: slice) -> Tensor | None:
+                with enter(part):
+                    w = self.scale()
+                return None if w is None else change(w, rows)
+
+            if w is not None:
+                changed = output + change(w, slice(None))
+            else:
+                assert call is not None
+                changed = call.added(output, of_part)
             return changed if place is None else (*outputs[:place], changed, *outputs[place + 1 :])
 
         return hook
+
+
+def _change(
+    adapter: nn.Module, hidden: Tensor, w: Tensor, time: Tensor, condition: Tensor | None, output: Tensor
+) -> Tensor:
+    """What an adapter adds to a site's output."""
+    tokens, dtype = _tokens(hidden), next(adapter.parameters()).dtype
+    given = None if condition is None else condition.to(dtype)
+    w = w.expand(len(tokens)).to(tokens.device)
+    found = adapter(tokens.to(dtype), w, time.to(dtype), given).to(output.dtype)
+    return (found.transpose(1, 2) if output.ndim > 3 else found).reshape(output.shape)
 
 
 def adapters_for(

@@ -25,7 +25,8 @@ from diffdistill.kernels.attention import api
 from diffdistill.kernels.attention.layout import BlockLayout
 from diffdistill.kernels.attention.operators import recorded_backends
 from diffdistill.networks.block_sparse import BlockSparse, added
-from diffdistill.networks.call import current_call
+from diffdistill.networks.by_part import ByPart
+from diffdistill.networks.call import Call, current_call
 from diffdistill.networks.token_grid import GRIDS, announce, is_text, silence, telling
 
 
@@ -225,8 +226,7 @@ class RoleAttention:
         self.ran = "nothing yet"
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        call = current_call()
-        attention = self.by_role.get(None if call is None else call.role, self.by_role.get(None))
+        attention = self._chosen(current_call())
         if attention is None:
             self.ran = "the stock processor"
             return self.stock(*args, **keywords)
@@ -239,6 +239,14 @@ class RoleAttention:
             raise UserError("attention", constraint, type(self.stock).__name__, fix)
         self.ran = f"{attention.explain()}: {', '.join(dict.fromkeys(ran))} ran" if ran else attention.explain()
         return out
+
+    def _chosen(self, call: Call | None) -> Attention | None:
+        """What attends in this call, None for the stock processor."""
+        parts = (call,) if call is None else call.parts or (call,)
+        found = [self.by_role.get(None if one is None else one.role, self.by_role.get(None)) for one in parts]
+        if call is None or all(one is found[0] for one in found):
+            return found[0]
+        return ByPart(call, tuple(sdpa if one is None else one for one in found))
 
 
 class _Exchange(TorchFunctionMode):

@@ -18,12 +18,17 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.autodiff import transforms, unwrapped
+from diffdistill.errors import UserError
 
 
 @dataclass(frozen=True)
 class Call:
     """role: name of the role.  t: [B] time.  step, w, s: [B] extra inputs or None, s as the network's time map gives
-    it.  seed: of dropout, or None."""
+    it.  seed: of dropout, or None.  questions: how many of equal size lie one after the other in the batch.
+
+    parts: where several roles share the call, the call of each, in the order of their samples in the batch; `role` is
+    then their names with + between, and what belongs to a role acts on its part alone.
+    """
 
     role: str
     t: Tensor | None = None
@@ -31,6 +36,8 @@ class Call:
     w: Tensor | None = None
     s: Tensor | None = None
     seed: int | None = None
+    questions: int = 1
+    parts: tuple[Call, ...] = ()
     _above: dict[float, tuple[bool, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def above(self, bound: float) -> tuple[bool, ...]:
@@ -39,6 +46,39 @@ class Call:
             assert self.t is not None
             self._above[bound] = tuple((self.t.detach() > bound).tolist())
         return self._above[bound]
+
+    def rows(self, length: int) -> list[tuple[Call, slice]]:
+        """The parts, each with its rows of a tensor [length, ...] inside the network; this call itself without parts.
+
+        A sample may have several rows there, one after the other: frames, tokens.
+        """
+        if not self.parts:
+            return [(self, slice(0, length))]
+        sizes = [len(part.t) for part in self.parts if part.t is not None]
+        each = length // sum(sizes)  # not divmod, which torch.compile does not know
+        if not each or each * sum(sizes) != length:
+            found = f"a layer that sees {length} rows for {sum(sizes)} samples"
+            raise UserError("together", "needs a network whose layers see every sample", found, "Set it to false.")
+        found_rows, start = [], 0
+        for part, size in zip(self.parts, sizes, strict=True):
+            found_rows.append((part, slice(start, start + each * size)))
+            start += each * size
+        return found_rows
+
+    def of(self, role: str, x: Tensor) -> list[Tensor]:
+        """Of a tensor [rows, ...] inside the network what belongs to `role`, by question."""
+        if self.parts:
+            return [piece for part, rows in self.rows(len(x)) for piece in part.of(role, x[rows])]
+        if self.role != role:
+            return []
+        return [x] if self.questions == 1 else list(x.chunk(self.questions))
+
+    def added(self, x: Tensor, change: Callable[[Call, slice], Tensor | None]) -> Tensor:
+        """x [rows, ...] plus what `change` gives for each part and its rows; None is nothing."""
+        found = [(rows, change(part, rows)) for part, rows in self.rows(len(x))]
+        if all(more is None for _, more in found):
+            return x
+        return torch.cat([x[rows] if more is None else x[rows] + more for rows, more in found])
 
 
 _current: ContextVar[Call | None] = ContextVar("call", default=None)
@@ -65,13 +105,25 @@ def enter(call: Call | None) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class State:
+    """What a denoiser is asked about. network: process and kind of the prediction.  x: [B, *shape] before its scaling,
+    at time t [B].  cond: condition."""
+
+    role: str
+    network: Any
+    x: Tensor
+    t: Tensor
+    cond: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Ask:
     """What a role is asked: `function(*inputs)`, a network call of `batch` samples, is due or in progress.
 
-    inputs: nested tuples and mappings of tensors.  x: of them, what a gradient would go through.  layers: blocks
-    recorded by an early-stopped call, None for a whole one.  recordings: what outputs of blocks are being added to, by
-    block.  state: for whole calls of a denoiser, (network, x, t, cond), x [B, *shape] before its scaling and the time
-    t [B] at which it lies.
+    role: where several share the call, their names with + between.  inputs: nested tuples and mappings of tensors.  x:
+    of them, what a gradient would go through.  layers: blocks recorded by an early-stopped call, None for a whole one.
+    recordings: what outputs of blocks are being added to, by block.  states: for whole calls of denoisers, one for each
+    question in the batch; of several the answer is a sequence, a tensor for each.
     """
 
     role: str
@@ -80,7 +132,7 @@ class Ask:
     x: Tensor
     layers: tuple[int, ...] | None = None
     recordings: tuple[dict[int, list[Tensor]], ...] = ()
-    state: tuple[Any, Tensor, Tensor, Mapping[str, Tensor]] | None = None
+    states: tuple[State, ...] = ()
 
     @property
     def batch(self) -> int:
@@ -157,34 +209,25 @@ def recorded_passes() -> Iterator[list[Pass]]:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A whole network call with what went in and came out. network: process and kind of the prediction.
+class Seen(State):
+    """With what came out: [B, *shape], the raw prediction, in the graph of the call."""
 
-    x: [B, *shape] state, t: [B] its time, cond: condition, out: [B, *shape] raw prediction, in the graph of the call.
-    """
-
-    role: str
-    network: Any
-    x: Tensor
-    t: Tensor
-    cond: Mapping[str, Tensor]
     out: Tensor
 
 
 @contextmanager
 def seen_calls() -> Iterator[list[Seen]]:
     """Within the context every whole network call is kept in the yielded list, activations and all, but those without
-    a graph under a transform of torch.func."""
+    a graph under a transform of torch.func. Questions that shared a call are listed one by one."""
     kept: list[Seen] = []
 
     def keep(ask: Ask, answer: Callable[[], Any]) -> Any:
         out = answer()
-        if ask.state is not None:
-            network, x, t, cond = ask.state
-            bare = [unwrapped(value) for value in (x, t, out)]
-            if bare[-1] is out or bare[-1].requires_grad:
-                cond = {key: unwrapped(value) for key, value in cond.items()}
-                kept.append(Seen(ask.role, network, bare[0], bare[1], cond, bare[2]))
+        for state, one in zip(ask.states, tensors(out) if ask.states else (), strict=True):
+            bare = unwrapped(one)
+            if bare is one or bare.requires_grad:
+                cond = {key: unwrapped(value) for key, value in state.cond.items()}
+                kept.append(Seen(state.role, state.network, unwrapped(state.x), unwrapped(state.t), cond, bare))
         return out
 
     with watching(keep):

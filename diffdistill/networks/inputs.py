@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from diffdistill.errors import UserError
-from diffdistill.networks.call import current_call
+from diffdistill.networks.call import Call, current_call
 
 NAMES = ("w", "s", "step")
 
@@ -64,7 +64,15 @@ class EmbeddingWithInputs(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         embedding = self.base(*args, **kwargs)
         call = current_call()
-        if call is None or call.role not in self.roles:
+        if call is None:
+            return embedding
+        if call.parts:
+            pieces = [self._with_inputs(part, embedding[rows]) for part, rows in call.rows(len(embedding))]
+            return torch.cat(pieces)
+        return self._with_inputs(call, embedding)
+
+    def _with_inputs(self, call: Call, embedding: Tensor) -> Tensor:
+        if call.role not in self.roles:
             return embedding
         for name, embedder in self.roles[call.role].items():  # type: ignore[operator]
             value = getattr(call, name)

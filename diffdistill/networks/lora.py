@@ -79,12 +79,20 @@ class LoraLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
         call = current_call()
-        if call is None or call.role not in self.down:
+        if call is None:
             return out
+        if call.parts:
+            return call.added(out, lambda part, rows: self._update(part.role, x[rows], out.dtype))
+        update = self._update(call.role, x, out.dtype)
+        return out if update is None else out + update
+
+    def _update(self, role: str, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """What the role adds for inputs x, None if it has no update."""
+        if role not in self.down:
+            return None
         seen = x * self.base.keep if isinstance(self.base, TamedLinear) else x  # held columns stay held
-        down, up = self.factors(call.role)
-        update = up(down(seen.to(down.weight.dtype)))
-        return out + (self.scales[call.role] * update).to(out.dtype)
+        down, up = self.factors(role)
+        return (self.scales[role] * up(down(seen.to(down.weight.dtype)))).to(dtype)
 
     def factors(self, role: str) -> tuple[Any, Any]:
         """The two layers of the role's update, down and up."""

@@ -72,8 +72,8 @@ class Networks:
 
     teacher: the pretrained network (a module; frozen here).  roles: from the distiller's class.  modes: role -> copy,
     lora or adapter.  shape: [*sample] of what is denoised.  cond: an example condition with batch 1.  guidance: a scale
-    and an optional interval for the views of teacher and target.  Look views up when they are used, not once: a
-    Transition may change them.
+    and an optional interval for the views of teacher and target.  together: what views over one network ask at once is
+    one call.  Look views up when they are used, not once: a Transition may change them.
     """
 
     def __init__(
@@ -88,9 +88,11 @@ class Networks:
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         codec: Codec = PIXELS,
+        together: bool = False,
     ) -> None:
         self.teacher, self.roles, self.shape, self.cond, self.codec = teacher, dict(roles), shape, cond, codec
         self.modes = self._check_modes(modes or {})
+        self.together = together
         self.lora, self.adapter = lora or LoraSpec(), adapter or AdapterSpec()
         self._first: Tensor | None = None  # tensor of the teacher: where that lies, all lies
         self._views: dict[str, Any] = {}
@@ -98,7 +100,7 @@ class Networks:
         self._averages: dict[str, Ema] = {}
         teacher.requires_grad_(False).eval()
         guidance = self._guidance(guidance_scale, guidance_interval)
-        self._views["teacher"] = Denoiser(teacher, "teacher").guided(guidance)
+        self._views["teacher"] = self._view(teacher, "teacher", guidance)
         # copies first: they must not carry the adapters of the roles that share the backbone
         for mode in ("copy", "lora", "adapter"):
             for name, role in self.roles.items():
@@ -364,7 +366,7 @@ class Networks:
     def _build_denoiser(self, name: str, role: Role, guidance: Guidance | None) -> None:
         if not role.owns_weights:
             # frozen and never written: the teacher under another name
-            self._views[name] = Denoiser(self.teacher, name).guided(guidance)
+            self._views[name] = self._view(self.teacher, name, guidance)
             return
         if self.teacher.closed_form:
             raise UserError(
@@ -390,7 +392,10 @@ class Networks:
                 own.add_module("inputs", inputs)
         self._modules[name] = own
         written_target = guidance if role.writable and name.startswith("target") else None
-        self._views[name] = Denoiser(network, name).guided(written_target)
+        self._views[name] = self._view(network, name, written_target)
+
+    def _view(self, network: Any, name: str, guidance: Guidance | None) -> Denoiser:
+        return Denoiser(network, name, together=self.together).guided(guidance)
 
     def _adapters(self, name: str) -> nn.Module:
         """New adapters of role `name`, at work on the teacher's backbone for its calls alone."""

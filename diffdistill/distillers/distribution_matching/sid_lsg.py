@@ -51,9 +51,8 @@ def generator_loss(
     x0, eps: [B, *shape]; t: [B]. fake_score: under k2.  projected: the fake under k3, None where k3 = k2 (one pass).
     ratio: a further factor, detached.
     """
-    n = noised(target, fake_score, x0, eps, t, cond, through=True)
-    d_projected = None if projected is None else projected(n.x_t, t, cond)
-    return weighted(n, cond, weight, ratio) * identity(n, alpha, d_projected)
+    n = noised(target, fake_score, x0, eps, t, cond, through=True, projected=projected)
+    return weighted(n, cond, weight, ratio) * identity(n, alpha)
 
 
 class SiDLSG(SiD):

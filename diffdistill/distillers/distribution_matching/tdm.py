@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from diffdistill import losses
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.denoiser import Cond, Denoiser, denoised
 from diffdistill.distillers.base import Batch, Loss
 from diffdistill.distillers.distribution_matching.matching import DistributionMatching
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
@@ -153,7 +153,7 @@ def generator_loss(
     process = target.process
     with torch.no_grad():
         x_t = process.add_noise(x0, eps, t) if x_s is None or s is None else process.diffuse(x_s, s, t, eps)
-        d_target, d_fake = target(x_t, t, cond), fake_score(x_t, t, cond)
+        d_target, d_fake = denoised((target, fake_score), x_t, t, cond)
         aim = x0 - (d_fake - d_target)
     return weight(x0, d_target, t, process).detach() * distance(x0, aim)
 

@@ -3,7 +3,8 @@
     L = W [ a h pull + b h projection + c k fisher ],   gap = D_target(x_t, t) - D_fake(x_t, t)
 
     pull       = <sg[-gap], x0>          the network calls get no gradient; only x0 does
-    projection = <gap, D_fake - x0>      gradient through the inputs of both networks and through x0
+    projection = <gap, D - x0>           gradient through the inputs of both networks and through x0; D: D_fake, or
+                                         another view of it
     fisher     = |gap|^2                 the same
 
 All are means over coordinates, [B]. W: weight of a sample.  h, k: functions of the density ratio teacher / student,
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffdistill.denoiser import Cond, Denoiser
+from diffdistill.denoiser import Cond, Denoiser, denoised
 from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.losses import sample_mean
 from diffdistill.process import NoiseProcess
@@ -30,7 +31,10 @@ Ratio = Callable[[Tensor, Tensor, Cond], Tensor]
 
 @dataclass(frozen=True)
 class Noised:
-    """A student's sample x0, noised to (x_t, t), and what both networks make of it; all [B, *shape], t [B]."""
+    """A student's sample x0, noised to (x_t, t), and what both networks make of it; all [B, *shape], t [B].
+
+    d_projected: D of the projection.
+    """
 
     process: NoiseProcess
     x0: Tensor
@@ -38,6 +42,7 @@ class Noised:
     t: Tensor
     d_target: Tensor
     d_fake: Tensor
+    d_projected: Tensor
 
     @property
     def gap(self) -> Tensor:
@@ -46,13 +51,24 @@ class Noised:
 
 
 def noised(
-    target: Denoiser, fake_score: Denoiser, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, *, through: bool
+    target: Denoiser,
+    fake_score: Denoiser,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    cond: Cond,
+    *,
+    through: bool,
+    projected: Denoiser | None = None,
 ) -> Noised:
-    """Both networks at one x_t. through: with gradient through their input, else without any."""
+    """Both networks at one x_t. through: with gradient through their input, else without any.  projected: another view
+    of the fake score, for the projection."""
     process = target.process
     with torch.set_grad_enabled(through and torch.is_grad_enabled()):
         x_t = process.add_noise(x0, eps, t)
-        return Noised(process, x0, x_t, t, target(x_t, t, cond), fake_score(x_t, t, cond))
+        views = (target, fake_score) if projected is None else (target, fake_score, projected)
+        found = denoised(views, x_t, t, cond)
+        return Noised(process, x0, x_t, t, found[0], found[1], found[-1])
 
 
 def weighted(n: Noised, cond: Cond, weight: SampleWeight, ratio: Ratio | None = None) -> Tensor:
@@ -67,8 +83,8 @@ def pull(n: Noised) -> Tensor:
 
 
 def projection(n: Noised) -> Tensor:
-    """<gap, D_fake - x0>, [B]: the factored form, which cancels less than <gap, D_target - x0> - |gap|^2."""
-    return sample_mean(n.gap * (n.d_fake - n.x0))
+    """<gap, D - x0>, [B]: the factored form, which cancels less than <gap, D_target - x0> - |gap|^2."""
+    return sample_mean(n.gap * (n.d_projected - n.x0))
 
 
 def fisher(n: Noised) -> Tensor:
@@ -76,7 +92,6 @@ def fisher(n: Noised) -> Tensor:
     return sample_mean(n.gap.square())
 
 
-def identity(n: Noised, alpha: float, d_projected: Tensor | None = None) -> Tensor:
-    """<gap, D - x0> + (1 - alpha) |gap|^2, [B]: SiD's loss. D: D_fake, or another view of it."""
-    projected = projection(n) if d_projected is None else sample_mean(n.gap * (d_projected - n.x0))
-    return projected if alpha == 1 else projected + (1 - alpha) * fisher(n)  # at 1 nothing cancels
+def identity(n: Noised, alpha: float) -> Tensor:
+    """<gap, D - x0> + (1 - alpha) |gap|^2, [B]: SiD's loss."""
+    return projection(n) if alpha == 1 else projection(n) + (1 - alpha) * fisher(n)  # at 1 nothing cancels

@@ -148,7 +148,7 @@ def test_the_pull_does_not_change_when_both_denoisers_move_alike_and_equals_the_
     goal = (x0 - (n.d_fake - n.d_target)).detach()
     (theirs,) = torch.autograd.grad(0.5 * (x0 - goal).square().mean(1).sum(), x0)
     torch.testing.assert_close(ours, theirs)
-    moved = type(n)(n.process, n.x0, n.x_t, n.t, n.d_target + 3, n.d_fake + 3)
+    moved = type(n)(n.process, n.x0, n.x_t, n.t, n.d_target + 3, n.d_fake + 3, n.d_projected + 3)
     (again,) = torch.autograd.grad(pull(moved).sum(), x0)
     torch.testing.assert_close(again, ours)
 
