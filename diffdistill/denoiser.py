@@ -209,8 +209,9 @@ class Denoiser:
         """What the network is asked for one prediction: with guidance under the condition and without."""
         if self.guidance is None:
             return [self._question(x_t, t, t, cond)]
-        without = self._question(x_t, t, t, unconditioned(cond, self.guidance.null, x_t))
-        return [without] if self.guidance.is_unconditional else [self._question(x_t, t, t, cond), without]
+        without = unconditioned(cond, self.guidance.null, x_t)
+        conds = (without,) if self.guidance.is_unconditional else (cond, without)
+        return [self._question(x_t, t, t, one) for one in conds]
 
     def _raw(self, found: Sequence[Tensor], t: Tensor) -> Tensor:
         """The raw prediction from the answers to `_questions`."""
@@ -233,6 +234,10 @@ class Denoiser:
 
 def denoised(denoisers: Sequence[Denoiser], x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
     """D(x_t, t, cond) of each, [B, *shape]: in one network call where they are views of one network and `together`."""
+    if not any(
+        denoiser.together for denoiser in denoisers
+    ):  # one by one: gradients are summed in the order of the views
+        return [denoiser(x_t, t, cond) for denoiser in denoisers]
     questions = [denoiser._questions(x_t, t, cond) for denoiser in denoisers]
     found = iter(answers([question for asked in questions for question in asked]))
     raw = [view._raw([next(found) for _ in own], t) for view, own in zip(denoisers, questions, strict=True)]
