@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,11 +41,25 @@ FORMS = 64
 SETTLED = 10  # steps after which every form of a network's calls has been seen
 
 
-def compile_network(network: nn.Module, compile: Compile) -> None:
-    """torch.compile a network in place, but for calls under a derivative by forward mode.
+_uncompiled: ContextVar[bool] = ContextVar("uncompiled", default=False)
 
-    Those stay eager: dynamo cannot trace them, and after it failed at one, it leaves ordinary calls of the same code
-    uncompiled too, unsaid.
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within the context compiled networks run as they are written: for work beside training, whose batch sizes would
+    each be compiled, and whose repeated backward passes compiled code does not allow."""
+    token = _uncompiled.set(True)
+    try:
+        yield
+    finally:
+        _uncompiled.reset(token)
+
+
+def compile_network(network: nn.Module, compile: Compile) -> None:
+    """torch.compile a network in place, but for calls that are `uncompiled` or under a derivative by forward mode.
+
+    The latter dynamo cannot trace, and after it failed at one, it leaves ordinary calls of the same code uncompiled
+    too, unsaid.
     """
     import torch._dynamo  # takes most of a second
 
@@ -53,7 +69,7 @@ def compile_network(network: nn.Module, compile: Compile) -> None:
     assert compiled is not None
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        return (eager if transforms() else compiled)(*arguments, **keywords)
+        return (eager if _uncompiled.get() or transforms() else compiled)(*arguments, **keywords)
 
     network._compiled_call_impl = call
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ class PipelineSampler:
         contract = _contract(path)
         _check_files(path, contract.get("sha256", {}))
         try:
-            with quiet_libraries():
+            with quiet_libraries(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch_dtype has a new name in newer diffusers
                 pipeline = DiffusionPipeline.from_pretrained(
                     str(path), local_files_only=True, use_safetensors=True, torch_dtype=dtype
                 )

@@ -19,7 +19,7 @@ from rich.progress import Progress as Bar
 from diffdistill import activity, checkpoint, logs, ranks, stacks
 from diffdistill.activity import during
 from diffdistill.checkpoint import Checkpoint
-from diffdistill.compiling import Compilations
+from diffdistill.compiling import Compilations, uncompiled
 from diffdistill.errors import Stopped
 from diffdistill.evaluation import divided, factors, harness
 from diffdistill.evaluation.costs import latency_ms
@@ -248,6 +248,7 @@ class Run:
                 self.console.print(text, soft_wrap=True, highlight=False, style="bold red")
 
     @during("evaluate")
+    @uncompiled()
     def _evaluate_interim(self, step: int, signal: StopSignal) -> None:
         assert self.evaluation is not None
         with self.recipe.networks.averaged(), self._at_once(signal):
@@ -285,6 +286,7 @@ class Run:
         if ranks.is_main():
             self.tracked.picture(step, "samples", path)
 
+    @uncompiled()
     def _conclude(self, state: TrainingState, signal: StopSignal) -> dict[str, Any]:
         recipe = self.recipe
         summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}

@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "num_samples": COUNT,
     "interim_samples": COUNT,
     "batch_size": COUNT,
+    "batch_sizes": ("[]", "[0]", "[1,-1]"),
     "replicates": COUNT,
     "pairs": ("1", "-1"),
     "repeats": ("4", "0", "-1"),

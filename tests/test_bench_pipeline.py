@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -227,3 +228,15 @@ def test_a_pipeline_that_takes_neither_prompts_nor_a_batch_size_is_refused(
     monkeypatch.setattr(type(bench.pipeline), "__call__", lambda self, image: None)
     with pytest.raises(UserError, match="must take prompts or a batch size"):
         bench.inputs(1)
+
+
+def test_the_page_s_way_of_loading_a_pipeline_works(unconditional: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With code that is traced but not compiled, which takes a minute."""
+    inner = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: inner(self, backend="eager"))
+    page = (Path(__file__).parents[1] / "docs" / "speed.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert 'folder = "runs/x/pipeline"' in block
+    made: dict[str, Any] = {}
+    exec(block.replace("runs/x/pipeline", str(unconditional)), made)
+    assert made["images"].shape == (16, 1, 8, 8) and made["images"].dtype == torch.bfloat16

@@ -98,6 +98,17 @@ def test_compiled_blocks_are_repeated_in_the_backward_pass_and_give_the_same_gra
         torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
 
 
+def test_beside_training_networks_run_as_they_are_written() -> None:
+    linear = torch.nn.Linear(2, 2)
+    compile_network(linear, True)
+    counted = Compilations()
+    with compiling.uncompiled():
+        linear(torch.zeros(3, 2))
+    assert counted.look().graphs == 0
+    linear(torch.zeros(3, 2))
+    assert counted.look().graphs == 1
+
+
 def test_graphs_recompiles_and_breaks_are_counted_since_the_beginning() -> None:
     def plain(x: torch.Tensor) -> torch.Tensor:
         return x * 2
@@ -141,14 +152,17 @@ def test_what_is_compiled_again_late_is_told_once_and_then_at_every_doubling(mon
     )
 
 
-def test_a_run_tells_what_was_compiled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_compiles_its_steps_alone_and_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and health have other batch sizes, and health goes back twice through one graph."""
+    monkeypatch.setattr(compiling, "options", lambda chosen: {"backend": "aot_eager"})
     folder = tmp_path / "run"
     words = ("experiment=gmm2d_dmd2", "trainer.steps=14", "trainer.log_every=7", "trainer.batch_size=4", "compile=true")
-    assert cli.main(["train", *words, "evaluation=none", "probe=null", f"run_dir={folder}"]) == 0
+    assert cli.main(["train", *words, "health.every=7", "evaluation=none", "probe=null", f"run_dir={folder}"]) == 0
     told = json.loads((folder / "summary.json").read_text())["compile"]
-    assert told["graphs"] >= 2 and told["recompiles"] >= 1 and told["left_eager"] == 0
+    assert (told["graphs"], told["recompiles"], told["graph_breaks"], told["left_eager"]) == (2, 1, 0, 0)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert lines[0]["time/recompiles"] >= 1 and lines[0]["time/compile_seconds"] > 0
+    steps = [line for line in lines if "time/recompiles" in line]
+    assert [line["time/recompiles"] for line in steps] == [1, 1] and steps[0]["time/compile_seconds"] > 0
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
