@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from diffdistill.bench_passes import Made, Recorder, answered
+from diffdistill.compiling import Compile
 from diffdistill.config import build
 from diffdistill.distillers.base import Phase
 from diffdistill.memory import held
@@ -76,7 +77,7 @@ class Bench:
     is zeros.
     """
 
-    def __init__(self, settings: Mapping[str, Any], accelerator: Accelerator, compiled: bool) -> None:
+    def __init__(self, settings: Mapping[str, Any], accelerator: Accelerator, compiled: Compile) -> None:
         self.accelerator, self.clock = accelerator, Clock(accelerator.device)
         recipe = assemble(settings, accelerator.device)
         self.recipe: Recipe = replace(recipe, data=WithMade(recipe.data))
@@ -84,8 +85,8 @@ class Bench:
         self.trainer: Trainer = build(settings["trainer"])
         self.trainer.lr, self.trainer.log_every = {"default": _still}, 10**9
         self.state = self.trainer.start(self.distiller, self.networks)
-        if compiled:
-            self.networks.compile()
+        if compiled is not False:
+            self.networks.compile(compiled)
         self.length = period(self.distiller.phases)
         self.cycle()  # optimizers take their state, kernels are chosen, compilers compile
         self.passes = self._recorded()
@@ -185,7 +186,7 @@ class Bench:
         return {**parts, UPDATES: Part(UPDATES, 1), ARITHMETIC: Part(ARITHMETIC, 1)}
 
 
-def measured(settings: Mapping[str, Any], accelerator: Accelerator, pairs: int, compiled: bool) -> dict[str, Any]:
+def measured(settings: Mapping[str, Any], accelerator: Accelerator, pairs: int, compiled: Compile) -> dict[str, Any]:
     """Figures of one recipe from `pairs` rounds; in each the cycle is timed first, then its parts, then it again.
 
     Times are milliseconds of a cycle, medians over rounds.

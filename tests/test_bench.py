@@ -139,6 +139,7 @@ def test_a_period_is_found() -> None:
         ({"teachers": []}, "teachers must name options of the group networks"),
         ({"teachers": ["sd15"]}, "dmd2 on sd15: "),
         ({"overrides": ["trainer.stepz=1"]}, "stepz"),
+        ({"overrides": ["compile=reduce-overhead"]}, "compile reduce-overhead needs a GPU"),
         ({"distillers": ["kd"], "overrides": ["roles.student=adapter"]}, "kd on gmm2d: roles.student"),
     ],
 )
