@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from diffdistill.autodiff import transforms
@@ -69,9 +70,16 @@ def compile_network(network: nn.Module, compile: Compile) -> None:
     assert compiled is not None
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        return (eager if _uncompiled.get() or transforms() else compiled)(*arguments, **keywords)
+        if _uncompiled.get() or transforms():
+            return eager(*arguments, **keywords)
+        return compiled(*pytree.tree_map(_dense, arguments), **keywords)
 
     network._compiled_call_impl = call
+
+
+def _dense(leaf: Any) -> Any:
+    """A null condition is expanded to the batch, with strides of 0, for which code would be compiled once more."""
+    return leaf.contiguous() if isinstance(leaf, Tensor) and 0 in leaf.stride() else leaf
 
 
 def checkpointed_block(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -61,10 +61,11 @@ def of(name: str, networks: str, *overrides: str) -> tuple[str, ...]:
     [
         (of("dmd2", "gmm2d"), 2),  # with and without a graph
         (of("dmd2", "gmm2d", "roles.student=lora", "roles.fake_score=lora"), 5),  # and those of each role
+        (of("lcm", "gmm2d"), 3),  # and the student, which takes w; not one more for the null condition
         (of("scm", "gmm2d"), 2),
         (of("mean_flow", "gmm2d"), 2),
     ],
-    ids=["dmd2", "lora", "scm", "mean_flow"],
+    ids=["dmd2", "lora", "lcm", "scm", "mean_flow"],
 )
 def test_compiled_training_has_the_figures_of_eager_training_and_few_forms(words: tuple[str, ...], forms: int) -> None:
     eager, none, _ = trained(words, compiled=False)
