@@ -302,7 +302,7 @@ def test_every_shipped_option_composes_and_fits_its_annotations(choice):
 
 @pytest.mark.parametrize("name", [name for name in VERBS if name not in ("demo", "export", "precompute", "report")])
 def test_every_verb_accepts_its_own_configuration(name):
-    given = ["model=x", "prompts=y"] if name == "distill" else []
+    given = {"distill": ["model=x", "prompts=y"], "bench pipeline": ["pipeline=x"]}.get(name, [])
     check(compose(VERBS[name].config, given), function_of(VERBS[name]))
 
 
