@@ -24,6 +24,7 @@ from diffdistill import config_files
 from diffdistill.bench_plain import WORDS as PLAIN
 from diffdistill.bench_plot import plot_steps
 from diffdistill.bench_step import measured
+from diffdistill.compiling import check_compile
 from diffdistill.config import compose
 from diffdistill.config_types import did_you_mean
 from diffdistill.errors import UserError, require_at_least
@@ -166,7 +167,8 @@ def _words(distiller: str, networks: str, batch_size: int | None, overrides: Seq
 def _one(pair: Pair, rounds: int, device: str) -> dict[str, Any]:
     settings = pair.settings()
     accelerator: Accelerator = accelerator_of(settings["precision"], cpu=device == "cpu")
-    found = measured(settings, pair.settings(*PLAIN), accelerator, rounds, bool(settings["compile"]))
+    check_compile(settings["compile"], accelerator.device)
+    found = measured(settings, pair.settings(*PLAIN), accelerator, rounds, settings["compile"])
     return {"distiller": pair.distiller, "networks": pair.networks, "words": list(pair.words), **found}
 
 

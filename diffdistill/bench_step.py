@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffdistill.bench_memory import bytes_of, least_bytes
 from diffdistill.bench_passes import Made, Recorder, answered
 from diffdistill.bench_plain import PlainLoop, why_not
+from diffdistill.compiling import Compile
 from diffdistill.config import build
 from diffdistill.distillers.base import Phase
 from diffdistill.memory import held, keep_freed
@@ -78,7 +79,7 @@ class Bench:
     is zeros.
     """
 
-    def __init__(self, settings: Mapping[str, Any], accelerator: Accelerator, compiled: bool) -> None:
+    def __init__(self, settings: Mapping[str, Any], accelerator: Accelerator, compiled: Compile) -> None:
         self.accelerator, self.clock = accelerator, Clock(accelerator.device)
         recipe = assemble(settings, accelerator.device)
         self.recipe: Recipe = replace(recipe, data=WithMade(recipe.data))
@@ -86,8 +87,8 @@ class Bench:
         self.trainer: Trainer = build(settings["trainer"])
         self.trainer.lr, self.trainer.log_every = {"default": _still}, 10**9
         self.state = self.trainer.start(self.distiller, self.networks)
-        if compiled:
-            self.networks.compile()
+        if compiled is not False:
+            self.networks.compile(compiled)
         self.length = period(self.distiller.phases)
         self.cycle()  # optimizers take their state, kernels are chosen, compilers compile
         self.passes = self._recorded()
@@ -216,7 +217,7 @@ def plain_loop(bench: Bench, settings: Mapping[str, Any]) -> PlainLoop | str:
 
 
 def measured(
-    settings: Mapping[str, Any], plainly: Mapping[str, Any], accelerator: Accelerator, pairs: int, compiled: bool
+    settings: Mapping[str, Any], plainly: Mapping[str, Any], accelerator: Accelerator, pairs: int, compiled: Compile
 ) -> dict[str, Any]:
     """Figures of one recipe from `pairs` rounds; in each the cycle is timed first, then its parts, then it again, then
     the plain loop, built of the settings `plainly`, where there is one.

@@ -117,6 +117,15 @@ VERBS = {
             "bench step distillers=all 'networks=[digits,transformer_50m]' out=bench.json plot=bench.png",
         ),
     ),
+    "bench pipeline": Verb(
+        "diffdistill.bench_pipeline:pipeline",
+        "bench_pipeline",
+        "time whole calls of a pipeline beside the network calls inside them",
+        (
+            "bench pipeline pipeline=runs/x/pipeline quick=true",
+            "bench pipeline pipeline=runs/x/pipeline 'batch_sizes=[1,32]' compile=true out=bench.json",
+        ),
+    ),
     "bench attention": Verb(
         "diffdistill.kernels.attention.bench:attention",
         "bench_attention",

@@ -39,7 +39,8 @@ _OF_THE_PROGRAM = tuple(
     f"diffdistill.{name}."
     for name in (
         "cli", "cli_run", "cli_help", "config", "config_check", "config_files", "config_errors", "config_types",
-        "launch", "verbs", "distill", "compare", "planner", "doctor", "bench", "measurement", "precompute",
+        "launch", "verbs", "distill", "compare", "planner", "doctor", "bench", "bench_pipeline", "measurement",
+        "precompute",
         "demo", "demo_page",
         "export_check", "kernels.attention.build", "kernels.attention.bench_threads",
         "kernels.attention.triton_kernels.evidence", "__main__",

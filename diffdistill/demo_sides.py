@@ -27,10 +27,9 @@ from diffdistill.errors import UserError
 from diffdistill.export_check import TorchDraws
 from diffdistill.networks.diffusers import UNet2D
 from diffdistill.networks.files import resolve
-from diffdistill.pipelines import PipelineSampler
+from diffdistill.pipelines import DENOISERS, PipelineSampler
 from diffdistill.solvers import OdeSampler
 
-DENOISERS = ("unet", "transformer", "transformer_2")  # parts of a pipeline whose calls are its network evaluations
 SIZES = ("height", "width", "num_frames")  # keywords of a call that decide the shape of its noise
 MOST_CALLS = 5  # that are timed for one figure
 ENOUGH_SECONDS = 0.5  # of them together, after which there is no other

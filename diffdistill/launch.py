@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from diffdistill import checkpoint, logs, ranks
 from diffdistill.cached_tensors import Source, sources
 from diffdistill.checkpoint import Checkpoint
+from diffdistill.compiling import Compile, check_compile
 from diffdistill.config import build, compose
 from diffdistill.config_types import dot, show
 from diffdistill.errors import UserError
@@ -76,7 +77,7 @@ def train(
     watchdog: DictConfig | None,
     resume: bool | Literal["auto"],
     channels_last: bool,
-    compile: bool,
+    compile: Compile,
     together: bool,
     checkpointing: bool,
     command: str,
@@ -105,6 +106,7 @@ def _train(settings: Mapping[str, Any], folder: RunFolder, resume: Resume, dry_r
         if ranks.on_main(lambda: folder.is_finished):
             return _finished(folder, resume)
     accelerator = accelerator_of(settings["precision"])
+    check_compile(settings["compile"], accelerator.device)
     todo = [part for part in parts(settings, folder, train) if not (part.name and part.folder.is_finished)]
     first = _prepared(todo[0], todo, torch.device("meta") if dry_run else accelerator.device)
     for part in todo[1:]:  # checked by shape before the first begins, built when their turn comes
@@ -232,8 +234,8 @@ def _run(prepared: _Prepared, accelerator: Accelerator, resume: Resume) -> dict[
         part.folder, part.settings, recipe, prepared.trainer, prepared.evaluation, prepared.teacher_figures, made,
         prepared.health, prepared.watchdog, prepared.tracker, prepared.probe,
     )  # fmt: skip
-    if part.settings["compile"]:
-        recipe.networks.compile()
+    if part.settings["compile"] is not False:
+        recipe.networks.compile(part.settings["compile"])
     return run.execute(accelerator, start)
 
 

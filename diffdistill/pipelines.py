@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from diffdistill.solvers import OdeSampler, Sampler
 
 SCHEMA = 1  # of call.json
 CALL = "call.json"
+DENOISERS = ("unet", "transformer", "transformer_2")  # parts of a pipeline whose calls are its network evaluations
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class PipelineSampler:
     settled: bool = False
 
     @classmethod
-    def load(cls, folder: str, steps: int | None = None) -> PipelineSampler:
+    def load(cls, folder: str, steps: int | None = None, dtype: torch.dtype | None = None) -> PipelineSampler:
         """Raises UserError, naming the file, if `folder` (or hub id ORGANISATION/NAME) is not a whole pipeline.
 
-        It goes to the GPU where there is one.  steps: num_inference_steps instead of call.json's grid.
+        It goes to the GPU where there is one.  steps: num_inference_steps instead of call.json's grid.  dtype: of its
+        networks, None is diffusers' choice.
         """
         from diffusers import DiffusionPipeline
 
@@ -63,8 +66,11 @@ class PipelineSampler:
         contract = _contract(path)
         _check_files(path, contract.get("sha256", {}))
         try:
-            with quiet_libraries():
-                pipeline = DiffusionPipeline.from_pretrained(str(path), local_files_only=True, use_safetensors=True)
+            with quiet_libraries(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch_dtype has a new name in newer diffusers
+                pipeline = DiffusionPipeline.from_pretrained(
+                    str(path), local_files_only=True, use_safetensors=True, torch_dtype=dtype
+                )
             if torch.cuda.is_available():
                 pipeline.to("cuda")
             pipeline.set_progress_bar_config(disable=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from omegaconf import OmegaConf
 
+from diffdistill.compiling import checkpointed_block
 from diffdistill.config import build
 from diffdistill.config_check import check_keywords, is_node
 from diffdistill.data import Data
@@ -16,7 +17,6 @@ from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Distiller
 from diffdistill.errors import UserError
 from diffdistill.networks.attention import set_attention
-from diffdistill.networks.call import checkpointed
 from diffdistill.networks.codec import PIXELS
 from diffdistill.networks.files import seeded
 from diffdistill.networks.roles import Networks, Role
@@ -119,7 +119,7 @@ def _checkpoint(teacher: Any) -> None:
     if not getattr(backbone, "_supports_gradient_checkpointing", False):
         found = type(teacher).__name__
         raise UserError("checkpointing", "needs a diffusers model that supports it", found, "Set it to false.")
-    backbone.enable_gradient_checkpointing(checkpointed)
+    backbone.enable_gradient_checkpointing(checkpointed_block)
 
 
 def _attend(networks: Networks, role: str, node: Any) -> None:

@@ -19,6 +19,7 @@ from rich.progress import Progress as Bar
 from diffdistill import activity, checkpoint, logs, ranks, stacks
 from diffdistill.activity import during
 from diffdistill.checkpoint import Checkpoint
+from diffdistill.compiling import Compilations, uncompiled
 from diffdistill.errors import Stopped
 from diffdistill.evaluation import divided, factors, harness
 from diffdistill.evaluation.costs import latency_ms
@@ -83,6 +84,7 @@ class Run:
         self.watchdog = watchdog or Watchdog(None)
         self.console = logs.console()
         self.alone = ranks.place()[1] == 1
+        self.compilations = None if settings["compile"] is False else Compilations()
 
     def execute(self, accelerator: Accelerator, start: Checkpoint | None) -> dict[str, Any]:
         """Train from `start`, or from the beginning, then evaluate, export and print the summary.
@@ -133,7 +135,8 @@ class Run:
             meter = Meter(samples, state.step, state.seconds)
 
             def log(step: int, figures: Mapping[str, float]) -> None:
-                self._log(step, {**figures, **meter.figures(step, state.seconds)})
+                compiled = {} if self.compilations is None else self.compilations.figures()
+                self._log(step, {**figures, **meter.figures(step, state.seconds), **compiled})
                 shown = [f"{k} {v:.3g}" for k, v in figures.items() if "/" in k and not k.startswith(("lr", "time"))]
                 bar.update(task, completed=step, description="  ".join(shown[:3]))
 
@@ -152,6 +155,8 @@ class Run:
 
             def after(step: int) -> None:
                 activity.ended(step)
+                if self.compilations is not None and (text := self.compilations.look().alarm(step)) is not None:
+                    self.console.print(text, soft_wrap=True, highlight=False)
                 with during("health"):
                     if vitals is not None:
                         self._watch(vitals, state)
@@ -243,6 +248,7 @@ class Run:
                 self.console.print(text, soft_wrap=True, highlight=False, style="bold red")
 
     @during("evaluate")
+    @uncompiled()
     def _evaluate_interim(self, step: int, signal: StopSignal) -> None:
         assert self.evaluation is not None
         with self.recipe.networks.averaged(), self._at_once(signal):
@@ -280,6 +286,7 @@ class Run:
         if ranks.is_main():
             self.tracked.picture(step, "samples", path)
 
+    @uncompiled()
     def _conclude(self, state: TrainingState, signal: StopSignal) -> dict[str, Any]:
         recipe = self.recipe
         summary: dict[str, Any] = {"schema": SCHEMA, "teacher": self.teacher_figures, "student": {}}
@@ -313,6 +320,8 @@ class Run:
             "peak_memory_bytes": state.peak_bytes,
         }
         summary |= self.made
+        if self.compilations is not None:
+            summary["compile"] = self.compilations.look().to_json()
         if self.enough is not None:
             summary["early_stop"] = asdict(self.enough)
         course = Course(list(self.folder.metrics()), self.trainer.steps)

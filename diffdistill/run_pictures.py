@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from diffdistill import ranks
+from diffdistill.compiling import uncompiled
 from diffdistill.pictures import MOST_CLASSES, MOST_CLIPS, draw_picture
 from diffdistill.recipe import Recipe
 from diffdistill.report import or_tell, write_run_report
@@ -21,6 +22,7 @@ class RunPictures:
         self.folder, self.recipe = folder, recipe
         self.keeping = True
 
+    @uncompiled()
     def grid(self, step: int) -> Path:
         """Draw samples of the networks as they are, with a fixed seed, into samples/step-N.png."""
         data, networks = self.recipe.data, self.recipe.networks
@@ -30,6 +32,7 @@ class RunPictures:
         draw_picture(data, self.recipe.distiller.generator, num, 0, path, networks)
         return path
 
+    @uncompiled()
     def keep(self, step: int) -> None:
         """Keep a few samples for the report. A run outlives its pictures: what goes wrong here is told, once."""
         if not self.keeping:
@@ -45,6 +48,7 @@ class RunPictures:
             say(f"no more samples are kept for report.html: {str(error).splitlines()[0]}")
         self.keeping = not ranks.any_of(not kept)
 
+    @uncompiled()
     def report(self, step: int, at_once: AbstractContextManager[None]) -> None:
         """Write report.html of a run that is finished, and stays so whatever happens here.
 

@@ -77,7 +77,12 @@ def _choices() -> Iterator[tuple[str, tuple[str, ...]]]:
     yield "demo", ("dry_run=true",)
     yield from (("sample", ("run=FINISHED",)), ("evaluate", ("run=FINISHED",)), ("export", ()), ("doctor", ()))
     yield from (("report", ("run=FINISHED",)),)
-    yield from (("bench step", ()), ("bench attention", ()), ("train", ("experiment=gmm2d_dmd2",)))  # points are quick
+    yield from (
+        ("bench step", ()),
+        ("bench pipeline", ()),
+        ("bench attention", ()),
+        ("train", ("experiment=gmm2d_dmd2",)),
+    )  # points are quick
     yield from (("precompute", ("networks=sd15",)), ("distill", ()), ("plan", ()))
     yield "compare", ("data=gmm2d", "budget.iterations=1", "distillers=[sid]", "out=new", "dry_run=true")
     groups = config_files.groups()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffdistill import bench, bench_step, cli
+from diffdistill import bench, bench_step, cli, cli_run
 from diffdistill.bench_passes import Made, Recorder, answered
 from diffdistill.distillers.base import Phase
 from diffdistill.errors import UserError
@@ -139,6 +139,7 @@ def test_a_period_is_found() -> None:
         ({"teachers": []}, "teachers must name options of the group networks"),
         ({"teachers": ["sd15"]}, "dmd2 on sd15: "),
         ({"overrides": ["trainer.stepz=1"]}, "stepz"),
+        ({"overrides": ["compile=reduce-overhead"]}, "compile reduce-overhead needs a GPU"),
         ({"distillers": ["kd"], "overrides": ["roles.student=adapter"]}, "kd on gmm2d: roles.student"),
     ],
 )
@@ -171,9 +172,6 @@ def test_networks_may_be_named_by_their_group(monkeypatch: pytest.MonkeyPatch) -
     def step(**given: object) -> int:
         seen.update(given)
         return 0
-
-    monkeypatch.setattr(cli, "function_of", lambda verb: bench.step)
-    from diffdistill import cli_run
 
     monkeypatch.setattr(cli_run, "call", lambda cfg, function: step(**cfg))
     assert cli.main(["bench", "step", "distillers=all", "networks=[digits, transformer_50m, unet_100m]"]) == 0

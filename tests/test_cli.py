@@ -173,8 +173,8 @@ def test_environment_and_arguments_are_left_as_they_were(calls, monkeypatch):
 FIRST_WORDS = {name.split()[0] for name in VERBS}
 MISTAKES = [
     (["trian"], f"the verb must be one of {', '.join(sorted(FIRST_WORDS))}, got 'trian'. Did you mean train?"),
-    (["bench"], "bench must be followed by one of step, attention, got nothing."),
-    (["bench", "kernel"], "bench must be followed by one of step, attention, got 'kernel'."),
+    (["bench"], "bench must be followed by one of step, pipeline, attention, got nothing."),
+    (["bench", "kernel"], "bench must be followed by one of step, pipeline, attention, got 'kernel'."),
     (["train", "--multi"], "the option must be one that exists, got '--multi'. Did you mean --multirun?"),
     (["train", "--cfg"], "--cfg must be followed by one of job, hydra, all, got nothing."),
     (["train", "--cfg", "jop"], "--cfg must be followed by one of job, hydra, all, got 'jop'."),
@@ -268,10 +268,11 @@ def test_module_and_console_script_are_the_same_command(tmp_path):
     ("line", "words"),
     [
         ("diffdistill ", "bench compare demo distill doctor evaluate export plan precompute report sample train"),
-        ("diffdistill bench ", "attention step"),
+        ("diffdistill bench ", "attention pipeline step"),
         ("diffdistill sample see", "seed="),
         ("diffdistill bench step pai", "pairs="),
         ("diffdistill bench attention rep", "repeats="),
+        ("diffdistill bench pipeline prec", "precision="),
     ],
 )
 def test_completion_offers_verbs_then_keys(line, words, monkeypatch, capsys):
@@ -301,7 +302,7 @@ def test_every_shipped_option_composes_and_fits_its_annotations(choice):
 
 @pytest.mark.parametrize("name", [name for name in VERBS if name not in ("demo", "export", "precompute", "report")])
 def test_every_verb_accepts_its_own_configuration(name):
-    given = ["model=x", "prompts=y"] if name == "distill" else []
+    given = {"distill": ["model=x", "prompts=y"], "bench pipeline": ["pipeline=x"]}.get(name, [])
     check(compose(VERBS[name].config, given), function_of(VERBS[name]))
 
 

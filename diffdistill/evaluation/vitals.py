@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffdistill.compiling import uncompiled
 from diffdistill.denoiser import Cond, Denoiser, unconditioned
 from diffdistill.errors import require_at_least
 from diffdistill.evaluation.dissection import (
@@ -96,6 +97,7 @@ class Vitals:
             trained = dict.fromkeys(role for phase in phases for role in phase.trains)
             self._before = {role: [part.clone() for part in _parts(networks, role)] for role in trained}
 
+    @uncompiled()
     def after(self, state: TrainingState) -> dict[str, float]:
         """The figures after a step; `state.step` counts it."""
         started = time.perf_counter()

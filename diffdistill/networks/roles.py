@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffdistill.compiling import Compile, compile_network
 from diffdistill.denoiser import Cond, Denoiser, Guidance
 from diffdistill.errors import UserError
 from diffdistill.networks.adapter import AdapterSpec, adapters_for
@@ -290,11 +291,11 @@ class Networks:
             module.to(memory_format=torch.channels_last)
         self.teacher.to(memory_format=torch.channels_last)
 
-    def compile(self) -> None:
-        """torch.compile every network in place, once per distinct module."""
+    def compile(self, compile: Compile = True) -> None:
+        """torch.compile every network in place, once per distinct module. compile: true, or a mode of torch.compile."""
         networks: dict[int, Any] = {id(v.network): v.network for v in self._views.values() if isinstance(v, Denoiser)}
         for network in networks.values():
-            network.compile()
+            compile_network(network, compile)
 
     def mean(self, x: Tensor) -> Tensor:
         """Mean over ranks, the only collective a method may call; identity on one process."""
