@@ -41,6 +41,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "critic times": ("distiller.critic_law.low=0.0", "distiller.critic_law.high=0.2"),
     "student times": ("distiller.student_law.low=0.0", "distiller.student_law.high=0.1"),
     "gan": ("distiller.gan_weight=0.1", "distiller.critic_gan_weight=0.1"),
+    "paper's gan x 1000": ("distiller.gan_weight=3", "distiller.critic_gan_weight=0.01"),
     "gan x 1000": ("distiller.gan_weight=100", "distiller.critic_gan_weight=0.1"),
 }
 # The sign that has to tell of it.

@@ -31,7 +31,7 @@ from diffdistill.evaluation.health import judge
 from diffdistill.evaluation.yardstick import energy, heeded, yardstick
 from diffdistill.losses import denoising, unit_weight
 from diffdistill.networks.exact import Gaussian
-from diffdistill.process import EDM, RectifiedFlow
+from diffdistill.process import EDM, NoiseProcess, RectifiedFlow
 from diffdistill.recipe import assemble
 from diffdistill.rng import Rng
 
@@ -165,23 +165,31 @@ def test_a_run_that_goes_on_measures_what_it_would_have(tmp_path: Path, monkeypa
     assert summaries[0] == summaries[1]
 
 
+def beyond(process: NoiseProcess, trained: list[float], asked: list[float]) -> float:
+    """How many times beyond the times it is trained at a student is asked; data have a std of .5."""
+    out = torch.zeros(1, requires_grad=True)
+    seen = SimpleNamespace(role="student", t=torch.tensor(trained), out=out, network=SimpleNamespace(process=process))
+    looked = SimpleNamespace(phase=SimpleNamespace(trains=("student",)), calls=[seen])
+    levels = process.angle(torch.tensor(asked).double()).tan().log()
+    return math.exp(vitals._ranges([looked], levels, 0.5)["times/student_beyond"])  # type: ignore[list-item]
+
+
 def test_times_at_which_nothing_but_noise_is_seen_are_all_one() -> None:
     """Rectified flow begins at t = 1, where noise over signal is without bound; its law of times never gets there."""
     process = RectifiedFlow()
+    assert beyond(process, [0.1, 0.97], [0.9999]) == pytest.approx(
+        50 / (97 / 3), rel=1e-3
+    )  # 100 standard deviations of .5
+    assert beyond(process, [0.1, 0.5], [0.9]) == pytest.approx(9.0, rel=1e-3)
+    assert beyond(process, [0.5, 0.9], [0.1]) == pytest.approx(9.0, rel=1e-3)
+    assert beyond(process, [0.999], [0.9999]) == 1.0
 
-    def beyond(trained: list[float], asked: list[float]) -> float:
-        out = torch.zeros(1, requires_grad=True)
-        seen = SimpleNamespace(
-            role="student", t=torch.tensor(trained), out=out, network=SimpleNamespace(process=process)
-        )
-        looked = SimpleNamespace(phase=SimpleNamespace(trains=("student",)), calls=[seen])
-        levels = process.angle(torch.tensor(asked).double()).tan().log()
-        return math.exp(vitals._ranges([looked], levels, 0.5)["times/student_beyond"])  # type: ignore[list-item]
 
-    assert beyond([0.1, 0.97], [0.9999]) == pytest.approx(50 / (97 / 3), rel=1e-3)  # 100 standard deviations of .5
-    assert beyond([0.1, 0.5], [0.9]) == pytest.approx(9.0, rel=1e-3)
-    assert beyond([0.5, 0.9], [0.1]) == pytest.approx(9.0, rel=1e-3)
-    assert beyond([0.999], [0.9999]) == 1.0
+def test_a_student_that_trains_on_its_own_rollout_has_each_step_in_its_turn() -> None:
+    process = EDM()
+    assert beyond(process, [20.0] * 4, [20.0, 0.2]) == beyond(process, [0.2] * 4, [20.0, 0.2]) == 1.0
+    assert beyond(process, [0.2, 0.21], [20.0, 0.2]) == pytest.approx(20 / 0.21, rel=1e-3)
+    assert beyond(process, [0.2] * 4, [20.0]) == pytest.approx(100, rel=1e-3)
 
 
 # -- figures with a known value -------------------------------------------------------------------------------------
@@ -364,6 +372,28 @@ def test_samples_are_judged_by_what_a_rough_teacher_gives_the_data() -> None:
         assert state(sign, **rough, condition__data=[0.5]) == "well"
         assert state(sign, **rough, condition__data=[1.0]) == "alarm"
         assert state(sign, **{**rough, f"condition__{of}": [0.1] * 6}, condition__data=[-1.0]) == "alarm"
+
+
+LEARNING = {  # what it is at half of the steps and after, by looks; it is judged from the second of those on
+    "mean": [2.0, 1.2, 0.6], "std": [0.2, 0.3, 0.45], "saturation": [0.6, 0.45, 0.3], "diversity": [0.05, 0.09, 0.12],
+    "memorisation": [1.0, 0.97, 0.93], "condition": [-0.1, 0.1, 0.4],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNING)
+def test_what_is_within_the_threshold_by_the_end_at_its_pace_is_no_alarm_yet(name: str) -> None:
+    key = {"saturation": "saturated", "diversity": "spread", "memorisation": "memorised"}.get(name, name)
+    of = "condition__student" if name == "condition" else f"sample__{key}"
+
+    def judged(values: list[float]) -> str:
+        return state(name, **{of: [values[0]] * 4 + values, "condition__student_doubt": [0.01] * 10})
+
+    first, second, third = LEARNING[name]
+    assert judged([first, second, third]) == "unknown"
+    assert judged([first, first, first]) == "alarm"  # it stays
+    assert judged([third, second, first]) == "alarm"  # it moves away
+    assert judged([first, first + (third - first) / 100, first + (third - first) / 50]) == "alarm"  # too slow
+    assert judged([first] * 5 + [first + (third - first) / 2]) == "alarm"  # the run ends so
 
 
 def test_an_average_that_is_begun_again_is_not_judged_across_it() -> None:

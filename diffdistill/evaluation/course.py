@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,14 +58,20 @@ class Course:
 
     def settled(self, key: str) -> float | None:
         """Median of the last three figures from half of the steps on; None unless there are two."""
-        late = [value for step, value in self.series(key) if step >= LATE * self.steps][-3:]
+        late = [value for _, value in self._last_late(key)]
         return statistics.median(late) if len(late) > 1 else None
+
+    def foreseen(self, key: str, of: Callable[[float], float] = float) -> float | None:
+        """Where the end finds `of` the figures that `settled` looks at, should it go on at their pace."""
+        late = self._last_late(key)
+        if len(late) < 2:
+            return None
+        (first, before), (last, now) = late[0], late[-1]
+        return of(now) + (of(now) - of(before)) * max(0, self.steps - last) / (last - first)
+
+    def _last_late(self, key: str) -> list[tuple[int, float]]:
+        return [(step, value) for step, value in self.series(key) if step >= LATE * self.steps][-3:]
 
     @property
     def step(self) -> int:
         return max((line["step"] for line in self.lines), default=0)
-
-    @property
-    def late(self) -> bool:
-        """Whether half of the steps are done."""
-        return self.step >= LATE * self.steps

@@ -54,7 +54,18 @@ def _settled(
     """Of a figure of the samples that may be off at first. below: whether small is bad."""
     value = course.settled(f"health/sample/{key}")
     bad = value is not None and (value < threshold if below else value > threshold)
-    return _told(name, course, value, threshold, bad, well, ill, fix)
+    verdict = _told(name, course, value, threshold, bad, well, ill, fix)
+    return _unless_learning(verdict, course.foreseen(f"health/sample/{key}"), below)
+
+
+def _unless_learning(verdict: Verdict, foreseen: float | None, below: bool = False) -> Verdict:
+    """No alarm yet of a figure that at its pace is within the threshold by the end. below: whether small is bad."""
+    if verdict.state != "alarm" or verdict.threshold is None or foreseen is None:
+        return verdict
+    if foreseen < verdict.threshold if below else foreseen > verdict.threshold:
+        return verdict
+    words = f"{verdict.words}, but at its pace no longer at the end"
+    return Verdict(verdict.name, "unknown", words, verdict.figure, verdict.threshold)
 
 
 def finite(course: Course) -> Verdict:
@@ -154,13 +165,19 @@ def mean(course: Course) -> Verdict:
 
 def std(course: Course) -> Verdict:
     value = course.settled("health/sample/std")
-    off = None if value is None else math.exp(abs(math.log(max(value, 1e-12))))
+    off = None if value is None else _times_off(value)
     much = "too much" if value is not None and value > 1 else "too little"
-    return _told(
+    verdict = _told(
         "std", course, off, STD, off is not None and off > STD,
         "samples vary as much as they should", f"samples vary {much}",
         "lower the student's lr; check sigma_data and guidance.scale.",
     )  # fmt: skip
+    return _unless_learning(verdict, course.foreseen("health/sample/std", _times_off))
+
+
+def _times_off(quotient: float) -> float:
+    """How many times too large or too small."""
+    return math.exp(abs(math.log(max(quotient, 1e-12))))
 
 
 def saturation(course: Course) -> Verdict:
@@ -225,9 +242,10 @@ def condition(course: Course) -> Verdict:
         "the student does not draw what it is told to",
         "if labels are well, lower the student's lr; check null_share and guidance.scale.",
     )  # fmt: skip
-    if verdict.state == "alarm" and not course.late:
+    foreseen = course.foreseen("health/condition/student")
+    if verdict.state == "alarm" and foreseen is None:
         return Verdict("condition", "unknown", "not judged before half of the steps", verdict.figure, verdict.threshold)
-    return verdict
+    return _unless_learning(verdict, foreseen, below=True)
 
 
 def _slope(course: Course, name: str, of: str, well: str, ill: str, fix: str) -> Verdict:
