@@ -326,7 +326,7 @@ WELL_FIGURES = {
     "memorisation": {"sample__memorised": [0.5] * 6},
     "labels": {"condition__data": [0.0], "condition__data_doubt": [0.9]},  # too few to tell
     "guidance": {"condition__teacher": [2.0], "condition__teacher_doubt": [0.1]},
-    "condition": {"condition__student": [0.0, 0.9], "condition__student_doubt": [0.1] * 2},
+    "condition": {"condition__student": [0.0] * 4 + [0.9] * 2, "condition__student_doubt": [0.1] * 6},
     "time range": {"times__student_beyond": [0.5] * 2},
     "average": {"average__student_first": [0.9, 0.7]},  # and so on to the end
     "finite": {"sample__nonfinite": [0.0]},
@@ -374,26 +374,32 @@ def test_samples_are_judged_by_what_a_rough_teacher_gives_the_data() -> None:
         assert state(sign, **{**rough, f"condition__{of}": [0.1] * 6}, condition__data=[-1.0]) == "alarm"
 
 
-LEARNING = {  # what it is at half of the steps and after, by looks; it is judged from the second of those on
-    "mean": [2.0, 1.2, 0.6], "std": [0.2, 0.3, 0.45], "saturation": [0.6, 0.45, 0.3], "diversity": [0.05, 0.09, 0.12],
-    "memorisation": [1.0, 0.97, 0.93], "condition": [-0.1, 0.1, 0.4],
+LATE = {
+    "mean": ("sample__mean", 0.1, 0.9), "std": ("sample__std", 1.0, 0.1), "saturation": ("sample__saturated", 0.0, 0.9),
+    "diversity": ("sample__spread", 0.8, 0.01), "memorisation": ("sample__memorised", 0.5, 1.0),
+    "condition": ("condition__student", 0.9, 0.0), "critic lag": ("lag__fake_score", 0.1, 0.95),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LEARNING)
-def test_what_is_within_the_threshold_by_the_end_at_its_pace_is_no_alarm_yet(name: str) -> None:
-    key = {"saturation": "saturated", "diversity": "spread", "memorisation": "memorised"}.get(name, name)
-    of = "condition__student" if name == "condition" else f"sample__{key}"
+@pytest.mark.parametrize("name", LATE)
+def test_two_of_three_late_looks_raise_an_alarm_and_one_does_not(name: str) -> None:
+    key, good, bad = LATE[name]
 
-    def judged(values: list[float]) -> str:
-        return state(name, **{of: [values[0]] * 4 + values, "condition__student_doubt": [0.01] * 10})
+    def judged(*values: float) -> str:
+        doubts = {"condition__student_doubt": [0.1] * len(values)} if name == "condition" else {}
+        return state(name, **{key: list(values), **doubts})
 
-    first, second, third = LEARNING[name]
-    assert judged([first, second, third]) == "unknown"
-    assert judged([first, first, first]) == "alarm"  # it stays
-    assert judged([third, second, first]) == "alarm"  # it moves away
-    assert judged([first, first + (third - first) / 100, first + (third - first) / 50]) == "alarm"  # too slow
-    assert judged([first] * 5 + [first + (third - first) / 2]) == "alarm"  # the run ends so
+    early = [bad] * 4  # half of the steps are the fifth look
+    assert judged(*early, bad) == "unknown"
+    assert judged(*early, good, bad, good, good, bad) == judged(*early, bad, good) == "well"
+    assert judged(*early, good, bad, good, bad) == judged(*early, bad, bad) == "alarm"
+
+
+def test_samples_that_vary_too_much_or_too_little_are_told_apart() -> None:
+    for std, words in ((9.0, "samples vary too much"), (0.1, "samples vary too little")):
+        verdict = next(v for v in judge(course({"sample/std": [std] * 6})) if v.name == "std")
+        assert (verdict.state, verdict.words) == ("alarm", words)
+        assert verdict.figure == pytest.approx(max(std, 1 / std))
 
 
 def test_an_average_that_is_begun_again_is_not_judged_across_it() -> None:

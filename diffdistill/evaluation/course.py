@@ -5,9 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Line = Mapping[str, Any]
+Found = TypeVar("Found")
 State = Literal["well", "alarm", "unknown"]
 
 LATE = 0.5  # of the steps, after which what grows slowly in a healthy run has to be there
@@ -56,21 +57,17 @@ class Course:
         values = [value for _, value in self.series(key)][-num:]
         return statistics.median(values) if len(values) > 1 else None
 
-    def settled(self, key: str) -> float | None:
-        """Median of the last three figures from half of the steps on; None unless there are two."""
-        late = [value for _, value in self._last_late(key)]
-        return statistics.median(late) if len(late) > 1 else None
+    def settled(self, key: str, of: Callable[[float], float] = float, below: bool = False) -> float | None:
+        """What two of the last three looks from half of the steps on reach: the second worst of `of` their figures.
 
-    def foreseen(self, key: str, of: Callable[[float], float] = float) -> float | None:
-        """Where the end finds `of` the figures that `settled` looks at, should it go on at their pace."""
-        late = self._last_late(key)
-        if len(late) < 2:
-            return None
-        (first, before), (last, now) = late[0], late[-1]
-        return of(now) + (of(now) - of(before)) * max(0, self.steps - last) / (last - first)
+        None unless there are two. below: whether small is bad.
+        """
+        late = sorted((of(value) for value in self.late(self.series(key))), reverse=not below)
+        return late[1] if len(late) > 1 else None
 
-    def _last_late(self, key: str) -> list[tuple[int, float]]:
-        return [(step, value) for step, value in self.series(key) if step >= LATE * self.steps][-3:]
+    def late(self, series: Sequence[tuple[int, Found]]) -> list[Found]:
+        """What the last three looks from half of the steps on found."""
+        return [found for step, found in series if step >= LATE * self.steps][-3:]
 
     @property
     def step(self) -> int:
