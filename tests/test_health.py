@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -21,14 +22,14 @@ from safetensors.torch import load_file
 import diffdistill
 from diffdistill import run as run_module
 from diffdistill.cli import main
-from diffdistill.config import compose
+from diffdistill.config import build, compose
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Batch, Loss, Phase
 from diffdistill.evaluation import signs, vitals
 from diffdistill.evaluation.course import Course, Verdict
 from diffdistill.evaluation.dissection import lag, look, untouched
 from diffdistill.evaluation.health import judge
-from diffdistill.evaluation.yardstick import energy, heeded, yardstick
+from diffdistill.evaluation.yardstick import Yardstick, energy, heeded, yardstick
 from diffdistill.losses import denoising, unit_weight
 from diffdistill.networks.exact import Gaussian
 from diffdistill.process import EDM, NoiseProcess, RectifiedFlow
@@ -145,6 +146,24 @@ def test_looking_puts_back_which_roles_train_and_torchs_generator() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_a_look_draws_without_dropout_and_leaves_training_the_roles_that_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose("train", ["data=gmm2d", "run_dir=none"])
+    recipe = assemble({str(key): cfg[key] for key in cfg})
+    state = build(cfg["trainer"]).start(recipe.distiller, recipe.networks)
+    real, training = Yardstick.samples, []
+
+    def drawing(self: Yardstick, sampler: Any) -> torch.Tensor:
+        training.append(recipe.networks.training)
+        return real(self, sampler)
+
+    monkeypatch.setattr(Yardstick, "samples", drawing)
+    recipe.networks.train_only(("student",))
+    state.step = 1
+    vitals.Vitals(vitals.Health(every=1, num_samples=8), recipe, 8, contextlib.nullcontext).after(state)
+    assert training == [()]
+    assert recipe.networks.training == ("student",)
+
+
 def test_a_run_that_goes_on_measures_what_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*WORDS, *METHODS["dmd2 with a GAN"], "health.every=4"]
     assert main([*words, f"run_dir={tmp_path / 'whole'}"]) == 0
@@ -224,8 +243,6 @@ def lag_of(critic: Critic) -> float:
         x0 = 0.7 + 1.3 * rng.normal((2048, 1))
         t = torch.exp(rng.normal((2048,)))
         return Loss({"denoising": denoising(view, x0, rng.normal((2048, 1)), t, {}, unit_weight).mean()})
-
-    import contextlib
 
     looked = look(
         Phase("critic", ("fake_score",), loss), Batch({}, (2048, 1)), Rng(0, ids=range(2048)), critic,  # type: ignore[arg-type]
