@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from health_runs import TOLD, alarms, shipped, watched
+from health_runs import TOLD, alarms, keep, kept, row, shipped, watched
 from interruption import KilledError
 from safetensors.torch import load_file
 
@@ -410,6 +410,15 @@ def test_two_of_three_late_looks_raise_an_alarm_and_one_does_not(name: str) -> N
     assert judged(*early, bad) == "unknown"
     assert judged(*early, good, bad, good, good, bad) == judged(*early, bad, good) == "well"
     assert judged(*early, good, bad, good, bad) == judged(*early, bad, bad) == "alarm"
+
+
+def test_a_run_that_was_kept_is_judged_as_it_was(tmp_path: Path) -> None:
+    ill, well = course({"sample/std": [9.0] * 6}), course({"sample/std": [1.0] * 6}, steps=200)
+    for name, one in (("ill", ill), ("well", well)):
+        keep(tmp_path / "kept.jsonl", name, one)
+    found = dict(kept(tmp_path / "kept.jsonl"))
+    assert [row(name, one) for name, one in found.items()] == [row("ill", ill), row("well", well)]
+    assert [verdict.name for verdict in alarms(found["ill"])] == ["std"] and not alarms(found["well"])
 
 
 def test_samples_that_vary_too_much_or_too_little_are_told_apart() -> None:
