@@ -315,17 +315,17 @@ def state(name: str, **figures: list[float]) -> str:
 ILL = {
     "movement": {"update__student": [0.0, 0.0]},
     "step size": {"update__student": [0.3]},
-    "critic lag": {"lag__fake_score": [0.9] * 6},
+    "critic lag": {"lag__fake_score": [0.9] * 8},
     "term balance": {"term__student__own": [1.0] * 2, "term__student__gan": [50.0] * 2},
     "direction": {"sample__distance": [0.1, 1.0, 2.0, 3.0]},
-    "mean": {"sample__mean": [2.0] * 6},
-    "std": {"sample__std": [0.1] * 6},
-    "saturation": {"sample__saturated": [0.9] * 6},
-    "diversity": {"sample__spread": [0.01] * 6},
-    "memorisation": {"sample__memorised": [1.0] * 6},
+    "mean": {"sample__mean": [2.0] * 8},
+    "std": {"sample__std": [0.1] * 8},
+    "saturation": {"sample__saturated": [0.9] * 8},
+    "diversity": {"sample__spread": [0.01] * 8},
+    "memorisation": {"sample__memorised": [1.0] * 8},
     "labels": {"condition__data": [-0.5], "condition__data_doubt": [0.1]},
     "guidance": {"condition__teacher": [-0.5], "condition__teacher_doubt": [0.1]},
-    "condition": {"condition__student": [0.0] * 6, "condition__student_doubt": [0.1] * 6},
+    "condition": {"condition__student": [0.0] * 8, "condition__student_doubt": [0.1] * 8},
     "time range": {"times__student_beyond": [5.0] * 2},
     "average": {"average__student_first": [0.99, 0.98]},
     "finite": {"sample__nonfinite": [3.0]},
@@ -333,17 +333,17 @@ ILL = {
 WELL_FIGURES = {
     "movement": {"update__student": [0.0, 0.01]},
     "step size": {"update__student": [0.01]},
-    "critic lag": {"lag__fake_score": [0.9, 0.9, 0.2, 0.1, 0.1, 0.1]},  # it begins so
+    "critic lag": {"lag__fake_score": [0.9] * 3 + [0.2] * 5},  # it begins so
     "term balance": {"term__student__own": [1.0] * 2, "term__student__gan": [0.01] * 2},
     "direction": {"sample__distance": [5.0, 3.0, 2.0, 1.0]},
-    "mean": {"sample__mean": [2.0, 2.0, 2.0, 0.1, 0.1, 0.1]},
-    "std": {"sample__std": [0.1, 0.1, 0.1, 1.0, 1.0, 1.0]},
-    "saturation": {"sample__saturated": [0.9, 0.9, 0.9, 0.0, 0.0, 0.0]},
-    "diversity": {"sample__spread": [0.01, 0.01, 0.01, 0.8, 0.8, 0.8]},
-    "memorisation": {"sample__memorised": [0.5] * 6},
+    "mean": {"sample__mean": [2.0] * 6 + [0.1] * 2},
+    "std": {"sample__std": [0.1] * 6 + [1.0] * 2},
+    "saturation": {"sample__saturated": [0.9] * 6 + [0.4] * 2},
+    "diversity": {"sample__spread": [0.01] * 6 + [0.8] * 2},
+    "memorisation": {"sample__memorised": [0.5] * 8},
     "labels": {"condition__data": [0.0], "condition__data_doubt": [0.9]},  # too few to tell
     "guidance": {"condition__teacher": [2.0], "condition__teacher_doubt": [0.1]},
-    "condition": {"condition__student": [0.0] * 4 + [0.9] * 2, "condition__student_doubt": [0.1] * 6},
+    "condition": {"condition__student": [0.0] * 6 + [0.9] * 2, "condition__student_doubt": [0.1] * 8},
     "time range": {"times__student_beyond": [0.5] * 2},
     "average": {"average__student_first": [0.9, 0.7]},  # and so on to the end
     "finite": {"sample__nonfinite": [0.0]},
@@ -372,8 +372,8 @@ def test_a_critic_that_hardly_moves_lags_at_once_and_a_student_far_from_its_aver
     slow = {"update__student": [1e-2] * 2, "update__fake_score": [1e-5] * 2, "lag__fake_score": [0.3] * 2}
     assert state("critic lag", **slow) == "alarm"
     quick = {**slow, "update__fake_score": [1e-3] * 2}
-    assert state("critic lag", **quick) == "unknown"  # not judged before half of the steps
-    assert state("critic lag", **{**quick, "lag__fake_score": [0.3] * 6}) == "well"
+    assert state("critic lag", **quick) == "unknown"  # not judged before two thirds of the steps
+    assert state("critic lag", **{**quick, "lag__fake_score": [0.3] * 8}) == "well"
     assert state("step size", average__student=[0.5], update__student=[0.01]) == "alarm"
     assert state("step size", average__student=[0.1], update__student=[0.01]) == "well"
 
@@ -384,11 +384,11 @@ def test_a_student_that_does_not_heed_yet_is_not_called_well() -> None:
 
 def test_samples_are_judged_by_what_a_rough_teacher_gives_the_data() -> None:
     for sign, of in (("guidance", "teacher"), ("condition", "student")):
-        rough = {f"condition__{of}": [0.33] * 6, f"condition__{of}_doubt": [0.05] * 6, "condition__data_doubt": [0.05]}
+        rough = {f"condition__{of}": [0.33] * 8, f"condition__{of}_doubt": [0.05] * 8, "condition__data_doubt": [0.05]}
         assert state(sign, **rough) == "alarm"
         assert state(sign, **rough, condition__data=[0.5]) == "well"
         assert state(sign, **rough, condition__data=[1.0]) == "alarm"
-        assert state(sign, **{**rough, f"condition__{of}": [0.1] * 6}, condition__data=[-1.0]) == "alarm"
+        assert state(sign, **{**rough, f"condition__{of}": [0.1] * 8}, condition__data=[-1.0]) == "alarm"
 
 
 LATE = {
@@ -406,14 +406,14 @@ def test_two_of_three_late_looks_raise_an_alarm_and_one_does_not(name: str) -> N
         doubts = {"condition__student_doubt": [0.1] * len(values)} if name == "condition" else {}
         return state(name, **{key: list(values), **doubts})
 
-    early = [bad] * 4  # half of the steps are the fifth look
+    early = [bad] * 6  # two thirds of the steps are the seventh look
     assert judged(*early, bad) == "unknown"
-    assert judged(*early, good, bad, good, good, bad) == judged(*early, bad, good) == "well"
+    assert judged(*early, good, bad, good) == judged(*early, bad, good, good, bad) == "well"
     assert judged(*early, good, bad, good, bad) == judged(*early, bad, bad) == "alarm"
 
 
 def test_a_run_that_was_kept_is_judged_as_it_was(tmp_path: Path) -> None:
-    ill, well = course({"sample/std": [9.0] * 6}), course({"sample/std": [1.0] * 6}, steps=200)
+    ill, well = course({"sample/std": [9.0] * 8}), course({"sample/std": [1.0] * 8}, steps=200)
     for name, one in (("ill", ill), ("well", well)):
         keep(tmp_path / "kept.jsonl", name, one)
     found = dict(kept(tmp_path / "kept.jsonl"))
@@ -423,7 +423,7 @@ def test_a_run_that_was_kept_is_judged_as_it_was(tmp_path: Path) -> None:
 
 def test_samples_that_vary_too_much_or_too_little_are_told_apart() -> None:
     for std, words in ((9.0, "samples vary too much"), (0.1, "samples vary too little")):
-        verdict = next(v for v in judge(course({"sample/std": [std] * 6})) if v.name == "std")
+        verdict = next(v for v in judge(course({"sample/std": [std] * 8})) if v.name == "std")
         assert (verdict.state, verdict.words) == ("alarm", words)
         assert verdict.figure == pytest.approx(max(std, 1 / std))
 
@@ -460,12 +460,12 @@ def test_the_doctor_judges_a_run_and_its_status_says_whether_it_is_well(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "220")
-    well = written(tmp_path / "well", list(course({"sample/std": [1.0] * 6}).lines), finished=True)
-    ill = written(tmp_path / "ill", list(course({"sample/std": [9.0] * 6}).lines))
+    well = written(tmp_path / "well", list(course({"sample/std": [1.0] * 8}).lines), finished=True)
+    ill = written(tmp_path / "ill", list(course({"sample/std": [9.0] * 8}).lines))
     assert main(["doctor", f"run={well}"]) == 0
     assert main(["doctor", f"run={ill}"]) == 1
     shown = capsys.readouterr().out
-    assert "finished, step 60 of 100" in shown and "stopped, step 60 of 100" in shown
+    assert "finished, step 80 of 100" in shown and "stopped, step 80 of 100" in shown
     assert "samples vary too much" in shown and "lower the student's lr" in shown and "1 alarm, 1 of 17" in shown
     report = diffdistill.doctor(run=str(ill))
     assert verdicts(report)["std"].figure == pytest.approx(9.0)

@@ -11,7 +11,9 @@ Line = Mapping[str, Any]
 Found = TypeVar("Found")
 State = Literal["well", "alarm", "unknown"]
 
-LATE = 0.5  # of the steps, after which what grows slowly in a healthy run has to be there
+LATE = (
+    2 / 3
+)  # of the steps, after which what grows slowly in a healthy run has to be there: a cosine is down to a quarter
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Course:
         return statistics.median(values) if len(values) > 1 else None
 
     def settled(self, key: str, of: Callable[[float], float] = float, below: bool = False) -> float | None:
-        """What two of the last three looks from half of the steps on reach: the second worst of `of` their figures.
+        """What two of the last three late looks reach: the second worst of `of` their figures.
 
         None unless there are two. below: whether small is bad.
         """
@@ -66,7 +68,7 @@ class Course:
         return late[1] if len(late) > 1 else None
 
     def late(self, series: Sequence[tuple[int, Found]]) -> list[Found]:
-        """What the last three looks from half of the steps on found."""
+        """What the last three looks found, of those from two thirds of the steps on."""
         return [found for step, found in series if step >= LATE * self.steps][-3:]
 
     @property
