@@ -11,9 +11,7 @@ Line = Mapping[str, Any]
 Found = TypeVar("Found")
 State = Literal["well", "alarm", "unknown"]
 
-LATE = (
-    2 / 3
-)  # of the steps, after which what grows slowly in a healthy run has to be there: a cosine is down to a quarter
+LATE = 2 / 3  # of the steps: what grows slowly has to be there; a cosine leaves a quarter of its rate
 
 
 @dataclass(frozen=True)
