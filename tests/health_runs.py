@@ -3,12 +3,14 @@
     python tests/health_runs.py --steps 700 --every 100 gmm2d_dmd2 gmm2d_dmd2:frozen ...
 
 prints one row of a table per run: its figures and alarms. Without names, every short experiment
-that is shipped is run as it is, and each sickness.
+that is shipped is run as it is, and each sickness. What was measured is kept by `--keep FILE` and judged again, without
+training, by `--judge FILE`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -39,6 +41,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "critic times": ("distiller.critic_law.low=0.0", "distiller.critic_law.high=0.2"),
     "student times": ("distiller.student_law.low=0.0", "distiller.student_law.high=0.1"),
     "gan": ("distiller.gan_weight=0.1", "distiller.critic_gan_weight=0.1"),
+    "paper's gan x 1000": ("distiller.gan_weight=3", "distiller.critic_gan_weight=0.01"),
     "gan x 1000": ("distiller.gan_weight=100", "distiller.critic_gan_weight=0.1"),
 }
 # The sign that has to tell of it.
@@ -176,6 +179,19 @@ def title() -> str:
     return "| " + " | ".join(names) + " |\n|" + "---|" * len(names)
 
 
+def keep(path: Path, name: str, course: Course) -> None:
+    """Add a run to those kept in a file."""
+    with path.open("a") as file:
+        file.write(json.dumps({"run": name, "steps": course.steps, "lines": list(course.lines)}) + "\n")
+
+
+def kept(path: Path) -> Iterator[tuple[str, Course]]:
+    """The runs of a file and their courses."""
+    for line in path.read_text().splitlines():
+        run = json.loads(line)
+        yield run["run"], Course(run["lines"], run["steps"])
+
+
 def shipped() -> Iterator[str]:
     """Experiments that this machine can run."""
     for name in config_files.groups()["experiment"]:
@@ -189,15 +205,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each run; the experiment's own unless given")
     parser.add_argument("--every", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="add what was measured to this file, a run in a line")
+    parser.add_argument("--judge", type=Path, nargs="+", help="judge the runs that such files keep, and run none")
     given = parser.parse_args()
     print(title(), flush=True)
+    for file in given.judge or []:
+        for name, course in kept(file):
+            print(row(name, course))
+    if given.judge:
+        return
     for name in given.runs or [*shipped(), *(f"gmm2d_dmd2:{sickness}" for sickness in TOLD)]:
         experiment, _, sickness = name.partition(":")
         for seed in range(given.seeds):
             words = [f"experiment={experiment}", f"trainer.seed={seed}", "stages={}", "init={}"]
             words += [f"trainer.steps={given.steps}"] if given.steps else []
-            course, state, seconds = watched(words, given.every, sickness or "well")
-            print(row(f"{name}, seed {seed}" if given.seeds > 1 else name, course), flush=True)
+            course, _, _ = watched(words, given.every, sickness or "well")
+            shown = f"{name}, seed {seed}" if given.seeds > 1 else name
+            if given.keep:
+                keep(given.keep, shown, course)
+            print(row(shown, course), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -14,24 +15,24 @@ from typing import Any
 
 import pytest
 import torch
-from health_runs import TOLD, alarms, shipped, watched
+from health_runs import TOLD, alarms, keep, kept, row, shipped, watched
 from interruption import KilledError
 from safetensors.torch import load_file
 
 import diffdistill
 from diffdistill import run as run_module
 from diffdistill.cli import main
-from diffdistill.config import compose
+from diffdistill.config import build, compose
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Batch, Loss, Phase
 from diffdistill.evaluation import signs, vitals
 from diffdistill.evaluation.course import Course, Verdict
 from diffdistill.evaluation.dissection import lag, look, untouched
 from diffdistill.evaluation.health import judge
-from diffdistill.evaluation.yardstick import energy, heeded, yardstick
+from diffdistill.evaluation.yardstick import Yardstick, energy, heeded, yardstick
 from diffdistill.losses import denoising, unit_weight
 from diffdistill.networks.exact import Gaussian
-from diffdistill.process import EDM, RectifiedFlow
+from diffdistill.process import EDM, NoiseProcess, RectifiedFlow
 from diffdistill.recipe import assemble
 from diffdistill.rng import Rng
 
@@ -78,8 +79,8 @@ def test_a_run_made_sick_on_purpose_gets_the_right_verdict(sickness: str) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(shipped()))
 def test_every_shipped_experiment_is_well(name: str) -> None:
-    steps = ("trainer.steps=700",) if name.startswith("gmm2d") else ("trainer.steps=400",)
-    course, _, _ = watched([f"experiment={name}", "stages={}", "init={}", *steps], 50)
+    """Whole, a minute of a core for points and up to ten for digits; from the teacher where it has stages."""
+    course, _, _ = watched([f"experiment={name}", "stages={}", "init={}"], 100)
     assert [verdict.line for verdict in alarms(course)] == []
 
 
@@ -145,6 +146,24 @@ def test_looking_puts_back_which_roles_train_and_torchs_generator() -> None:
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_a_look_draws_without_dropout_and_leaves_training_the_roles_that_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = compose("train", ["data=gmm2d", "run_dir=none"])
+    recipe = assemble({str(key): cfg[key] for key in cfg})
+    state = build(cfg["trainer"]).start(recipe.distiller, recipe.networks)
+    real, training = Yardstick.samples, []
+
+    def drawing(self: Yardstick, sampler: Any) -> torch.Tensor:
+        training.append(recipe.networks.training)
+        return real(self, sampler)
+
+    monkeypatch.setattr(Yardstick, "samples", drawing)
+    recipe.networks.train_only(("student",))
+    state.step = 1
+    vitals.Vitals(vitals.Health(every=1, num_samples=8), recipe, 8, contextlib.nullcontext).after(state)
+    assert training == [()]
+    assert recipe.networks.training == ("student",)
+
+
 def test_a_run_that_goes_on_measures_what_it_would_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [*WORDS, *METHODS["dmd2 with a GAN"], "health.every=4"]
     assert main([*words, f"run_dir={tmp_path / 'whole'}"]) == 0
@@ -165,23 +184,31 @@ def test_a_run_that_goes_on_measures_what_it_would_have(tmp_path: Path, monkeypa
     assert summaries[0] == summaries[1]
 
 
+def beyond(process: NoiseProcess, trained: list[float], asked: list[float]) -> float:
+    """How many times beyond the times it is trained at a student is asked; data have a std of .5."""
+    out = torch.zeros(1, requires_grad=True)
+    seen = SimpleNamespace(role="student", t=torch.tensor(trained), out=out, network=SimpleNamespace(process=process))
+    looked = SimpleNamespace(phase=SimpleNamespace(trains=("student",)), calls=[seen])
+    levels = process.angle(torch.tensor(asked).double()).tan().log()
+    return math.exp(vitals._ranges([looked], levels, 0.5)["times/student_beyond"])  # type: ignore[list-item]
+
+
 def test_times_at_which_nothing_but_noise_is_seen_are_all_one() -> None:
     """Rectified flow begins at t = 1, where noise over signal is without bound; its law of times never gets there."""
     process = RectifiedFlow()
+    assert beyond(process, [0.1, 0.97], [0.9999]) == pytest.approx(
+        50 / (97 / 3), rel=1e-3
+    )  # 100 standard deviations of .5
+    assert beyond(process, [0.1, 0.5], [0.9]) == pytest.approx(9.0, rel=1e-3)
+    assert beyond(process, [0.5, 0.9], [0.1]) == pytest.approx(9.0, rel=1e-3)
+    assert beyond(process, [0.999], [0.9999]) == 1.0
 
-    def beyond(trained: list[float], asked: list[float]) -> float:
-        out = torch.zeros(1, requires_grad=True)
-        seen = SimpleNamespace(
-            role="student", t=torch.tensor(trained), out=out, network=SimpleNamespace(process=process)
-        )
-        looked = SimpleNamespace(phase=SimpleNamespace(trains=("student",)), calls=[seen])
-        levels = process.angle(torch.tensor(asked).double()).tan().log()
-        return math.exp(vitals._ranges([looked], levels, 0.5)["times/student_beyond"])  # type: ignore[list-item]
 
-    assert beyond([0.1, 0.97], [0.9999]) == pytest.approx(50 / (97 / 3), rel=1e-3)  # 100 standard deviations of .5
-    assert beyond([0.1, 0.5], [0.9]) == pytest.approx(9.0, rel=1e-3)
-    assert beyond([0.5, 0.9], [0.1]) == pytest.approx(9.0, rel=1e-3)
-    assert beyond([0.999], [0.9999]) == 1.0
+def test_a_student_that_trains_on_its_own_rollout_has_each_step_in_its_turn() -> None:
+    process = EDM()
+    assert beyond(process, [20.0] * 4, [20.0, 0.2]) == beyond(process, [0.2] * 4, [20.0, 0.2]) == 1.0
+    assert beyond(process, [0.2, 0.21], [20.0, 0.2]) == pytest.approx(20 / 0.21, rel=1e-3)
+    assert beyond(process, [0.2] * 4, [20.0]) == pytest.approx(100, rel=1e-3)
 
 
 # -- figures with a known value -------------------------------------------------------------------------------------
@@ -216,8 +243,6 @@ def lag_of(critic: Critic) -> float:
         x0 = 0.7 + 1.3 * rng.normal((2048, 1))
         t = torch.exp(rng.normal((2048,)))
         return Loss({"denoising": denoising(view, x0, rng.normal((2048, 1)), t, {}, unit_weight).mean()})
-
-    import contextlib
 
     looked = look(
         Phase("critic", ("fake_score",), loss), Batch({}, (2048, 1)), Rng(0, ids=range(2048)), critic,  # type: ignore[arg-type]
@@ -290,17 +315,17 @@ def state(name: str, **figures: list[float]) -> str:
 ILL = {
     "movement": {"update__student": [0.0, 0.0]},
     "step size": {"update__student": [0.3]},
-    "critic lag": {"lag__fake_score": [0.9] * 6},
+    "critic lag": {"lag__fake_score": [0.9] * 8},
     "term balance": {"term__student__own": [1.0] * 2, "term__student__gan": [50.0] * 2},
     "direction": {"sample__distance": [0.1, 1.0, 2.0, 3.0]},
-    "mean": {"sample__mean": [2.0] * 6},
-    "std": {"sample__std": [0.1] * 6},
-    "saturation": {"sample__saturated": [0.9] * 6},
-    "diversity": {"sample__spread": [0.01] * 6},
-    "memorisation": {"sample__memorised": [1.0] * 6},
+    "mean": {"sample__mean": [2.0] * 8},
+    "std": {"sample__std": [0.1] * 8},
+    "saturation": {"sample__saturated": [0.9] * 8},
+    "diversity": {"sample__spread": [0.01] * 8},
+    "memorisation": {"sample__memorised": [1.0] * 8},
     "labels": {"condition__data": [-0.5], "condition__data_doubt": [0.1]},
     "guidance": {"condition__teacher": [-0.5], "condition__teacher_doubt": [0.1]},
-    "condition": {"condition__student": [0.0] * 6, "condition__student_doubt": [0.1] * 6},
+    "condition": {"condition__student": [0.0] * 8, "condition__student_doubt": [0.1] * 8},
     "time range": {"times__student_beyond": [5.0] * 2},
     "average": {"average__student_first": [0.99, 0.98]},
     "finite": {"sample__nonfinite": [3.0]},
@@ -308,17 +333,17 @@ ILL = {
 WELL_FIGURES = {
     "movement": {"update__student": [0.0, 0.01]},
     "step size": {"update__student": [0.01]},
-    "critic lag": {"lag__fake_score": [0.9, 0.9, 0.2, 0.1, 0.1, 0.1]},  # it begins so
+    "critic lag": {"lag__fake_score": [0.9] * 3 + [0.2] * 5},  # it begins so
     "term balance": {"term__student__own": [1.0] * 2, "term__student__gan": [0.01] * 2},
     "direction": {"sample__distance": [5.0, 3.0, 2.0, 1.0]},
-    "mean": {"sample__mean": [2.0, 2.0, 2.0, 0.1, 0.1, 0.1]},
-    "std": {"sample__std": [0.1, 0.1, 0.1, 1.0, 1.0, 1.0]},
-    "saturation": {"sample__saturated": [0.9, 0.9, 0.9, 0.0, 0.0, 0.0]},
-    "diversity": {"sample__spread": [0.01, 0.01, 0.01, 0.8, 0.8, 0.8]},
-    "memorisation": {"sample__memorised": [0.5] * 6},
+    "mean": {"sample__mean": [2.0] * 6 + [0.1] * 2},
+    "std": {"sample__std": [0.1] * 6 + [1.0] * 2},
+    "saturation": {"sample__saturated": [0.9] * 6 + [0.4] * 2},
+    "diversity": {"sample__spread": [0.01] * 6 + [0.8] * 2},
+    "memorisation": {"sample__memorised": [0.5] * 8},
     "labels": {"condition__data": [0.0], "condition__data_doubt": [0.9]},  # too few to tell
     "guidance": {"condition__teacher": [2.0], "condition__teacher_doubt": [0.1]},
-    "condition": {"condition__student": [0.0, 0.9], "condition__student_doubt": [0.1] * 2},
+    "condition": {"condition__student": [0.0] * 6 + [0.9] * 2, "condition__student_doubt": [0.1] * 8},
     "time range": {"times__student_beyond": [0.5] * 2},
     "average": {"average__student_first": [0.9, 0.7]},  # and so on to the end
     "finite": {"sample__nonfinite": [0.0]},
@@ -347,8 +372,8 @@ def test_a_critic_that_hardly_moves_lags_at_once_and_a_student_far_from_its_aver
     slow = {"update__student": [1e-2] * 2, "update__fake_score": [1e-5] * 2, "lag__fake_score": [0.3] * 2}
     assert state("critic lag", **slow) == "alarm"
     quick = {**slow, "update__fake_score": [1e-3] * 2}
-    assert state("critic lag", **quick) == "unknown"  # not judged before half of the steps
-    assert state("critic lag", **{**quick, "lag__fake_score": [0.3] * 6}) == "well"
+    assert state("critic lag", **quick) == "unknown"  # not judged before two thirds of the steps
+    assert state("critic lag", **{**quick, "lag__fake_score": [0.3] * 8}) == "well"
     assert state("step size", average__student=[0.5], update__student=[0.01]) == "alarm"
     assert state("step size", average__student=[0.1], update__student=[0.01]) == "well"
 
@@ -359,11 +384,48 @@ def test_a_student_that_does_not_heed_yet_is_not_called_well() -> None:
 
 def test_samples_are_judged_by_what_a_rough_teacher_gives_the_data() -> None:
     for sign, of in (("guidance", "teacher"), ("condition", "student")):
-        rough = {f"condition__{of}": [0.33] * 6, f"condition__{of}_doubt": [0.05] * 6, "condition__data_doubt": [0.05]}
+        rough = {f"condition__{of}": [0.33] * 8, f"condition__{of}_doubt": [0.05] * 8, "condition__data_doubt": [0.05]}
         assert state(sign, **rough) == "alarm"
         assert state(sign, **rough, condition__data=[0.5]) == "well"
         assert state(sign, **rough, condition__data=[1.0]) == "alarm"
-        assert state(sign, **{**rough, f"condition__{of}": [0.1] * 6}, condition__data=[-1.0]) == "alarm"
+        assert state(sign, **{**rough, f"condition__{of}": [0.1] * 8}, condition__data=[-1.0]) == "alarm"
+
+
+LATE = {
+    "mean": ("sample__mean", 0.1, 0.9), "std": ("sample__std", 1.0, 0.1), "saturation": ("sample__saturated", 0.0, 0.9),
+    "diversity": ("sample__spread", 0.8, 0.01), "memorisation": ("sample__memorised", 0.5, 1.0),
+    "condition": ("condition__student", 0.9, 0.0), "critic lag": ("lag__fake_score", 0.1, 0.95),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_two_of_three_late_looks_raise_an_alarm_and_one_does_not(name: str) -> None:
+    key, good, bad = LATE[name]
+
+    def judged(*values: float) -> str:
+        doubts = {"condition__student_doubt": [0.1] * len(values)} if name == "condition" else {}
+        return state(name, **{key: list(values), **doubts})
+
+    early = [bad] * 6  # two thirds of the steps are the seventh look
+    assert judged(*early, bad) == "unknown"
+    assert judged(*early, good, bad, good) == judged(*early, bad, good, good, bad) == "well"
+    assert judged(*early, good, bad, good, bad) == judged(*early, bad, bad) == "alarm"
+
+
+def test_a_run_that_was_kept_is_judged_as_it_was(tmp_path: Path) -> None:
+    ill, well = course({"sample/std": [9.0] * 8}), course({"sample/std": [1.0] * 8}, steps=200)
+    for name, one in (("ill", ill), ("well", well)):
+        keep(tmp_path / "kept.jsonl", name, one)
+    found = dict(kept(tmp_path / "kept.jsonl"))
+    assert [row(name, one) for name, one in found.items()] == [row("ill", ill), row("well", well)]
+    assert [verdict.name for verdict in alarms(found["ill"])] == ["std"] and not alarms(found["well"])
+
+
+def test_samples_that_vary_too_much_or_too_little_are_told_apart() -> None:
+    for std, words in ((9.0, "samples vary too much"), (0.1, "samples vary too little")):
+        verdict = next(v for v in judge(course({"sample/std": [std] * 8})) if v.name == "std")
+        assert (verdict.state, verdict.words) == ("alarm", words)
+        assert verdict.figure == pytest.approx(max(std, 1 / std))
 
 
 def test_an_average_that_is_begun_again_is_not_judged_across_it() -> None:
@@ -398,12 +460,12 @@ def test_the_doctor_judges_a_run_and_its_status_says_whether_it_is_well(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "220")
-    well = written(tmp_path / "well", list(course({"sample/std": [1.0] * 6}).lines), finished=True)
-    ill = written(tmp_path / "ill", list(course({"sample/std": [9.0] * 6}).lines))
+    well = written(tmp_path / "well", list(course({"sample/std": [1.0] * 8}).lines), finished=True)
+    ill = written(tmp_path / "ill", list(course({"sample/std": [9.0] * 8}).lines))
     assert main(["doctor", f"run={well}"]) == 0
     assert main(["doctor", f"run={ill}"]) == 1
     shown = capsys.readouterr().out
-    assert "finished, step 60 of 100" in shown and "stopped, step 60 of 100" in shown
+    assert "finished, step 80 of 100" in shown and "stopped, step 80 of 100" in shown
     assert "samples vary too much" in shown and "lower the student's lr" in shown and "1 alarm, 1 of 17" in shown
     report = diffdistill.doctor(run=str(ill))
     assert verdicts(report)["std"].figure == pytest.approx(9.0)

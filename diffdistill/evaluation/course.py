@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 Line = Mapping[str, Any]
+Found = TypeVar("Found")
 State = Literal["well", "alarm", "unknown"]
 
-LATE = 0.5  # of the steps, after which what grows slowly in a healthy run has to be there
+LATE = 2 / 3  # of the steps: what grows slowly has to be there; a cosine leaves a quarter of its rate
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,18 @@ class Course:
         values = [value for _, value in self.series(key)][-num:]
         return statistics.median(values) if len(values) > 1 else None
 
-    def settled(self, key: str) -> float | None:
-        """Median of the last three figures from half of the steps on; None unless there are two."""
-        late = [value for step, value in self.series(key) if step >= LATE * self.steps][-3:]
-        return statistics.median(late) if len(late) > 1 else None
+    def settled(self, key: str, of: Callable[[float], float] = float, below: bool = False) -> float | None:
+        """What two of the last three late looks reach: the second worst of `of` their figures.
+
+        None unless there are two. below: whether small is bad.
+        """
+        late = sorted((of(value) for value in self.late(self.series(key))), reverse=not below)
+        return late[1] if len(late) > 1 else None
+
+    def late(self, series: Sequence[tuple[int, Found]]) -> list[Found]:
+        """What the last three looks found, of those from two thirds of the steps on."""
+        return [found for step, found in series if step >= LATE * self.steps][-3:]
 
     @property
     def step(self) -> int:
         return max((line["step"] for line in self.lines), default=0)
-
-    @property
-    def late(self) -> bool:
-        """Whether half of the steps are done."""
-        return self.step >= LATE * self.steps

@@ -18,7 +18,7 @@ APART = 0.3  # of the student's weights, between them and their average
 STILL = 1e-9  # less than that is no movement
 MEAN = 0.5  # standard deviations of the right law
 STD = 2.0  # times, or one part of
-SATURATED = 0.25  # of values beyond the range of the right law
+SATURATED = 0.5  # of values beyond the range of the right law; noise takes half of those that lie at its ends there
 SPREAD = 0.15  # of that under one condition
 MEMORISED = 0.9  # of samples; fresh data are at .5
 AWAY = 1.0  # typical distances that samples have moved away from the right law
@@ -29,6 +29,8 @@ TELLING = 0.1  # of the teacher's calls, at noise levels that say something of t
 FIRST = 0.5  # of an average that would still be the weights it began from at the end
 STALL = 20.0  # times the usual seconds between two logged steps
 STALL_LEAST = 120.0  # seconds
+
+Slope = tuple[float, float]  # and its doubt, two standard errors
 
 
 def _told(
@@ -52,7 +54,7 @@ def _settled(
     name: str, course: Course, key: str, threshold: float, well: str, ill: str, fix: str, below: bool = False
 ) -> Verdict:
     """Of a figure of the samples that may be off at first. below: whether small is bad."""
-    value = course.settled(f"health/sample/{key}")
+    value = course.settled(f"health/sample/{key}", below=below)
     bad = value is not None and (value < threshold if below else value > threshold)
     return _told(name, course, value, threshold, bad, well, ill, fix)
 
@@ -153,9 +155,8 @@ def mean(course: Course) -> Verdict:
 
 
 def std(course: Course) -> Verdict:
-    value = course.settled("health/sample/std")
-    off = None if value is None else math.exp(abs(math.log(max(value, 1e-12))))
-    much = "too much" if value is not None and value > 1 else "too little"
+    off = course.settled("health/sample/std", lambda value: math.exp(abs(math.log(max(value, 1e-12)))))
+    much = "too much" if (course.recent("health/sample/std") or 0.0) > 1 else "too little"
     return _told(
         "std", course, off, STD, off is not None and off > STD,
         "samples vary as much as they should", f"samples vary {much}",
@@ -202,7 +203,7 @@ def direction(course: Course) -> Verdict:
 
 def labels(course: Course) -> Verdict:
     return _slope(
-        course, "labels", "data",
+        course, "labels", _last(course, "data"), HEEDED,
         "the data's conditions are theirs in the eyes of the teacher",
         "the data's conditions belong to other samples in the eyes of the teacher",
         "check the order of labels, and what numbers or embeddings the teacher was trained with.",
@@ -211,7 +212,7 @@ def labels(course: Course) -> Verdict:
 
 def guidance(course: Course) -> Verdict:
     return _slope(
-        course, "guidance", "teacher",
+        course, "guidance", _last(course, "teacher"), _heeded_by_data(course),
         "the teacher's sampler draws what it is told to",
         "the teacher's sampler does not draw what it is told to",
         "set guidance.scale to 1, it is w of D_null + w (D_c - D_null); then check sampler.grid and sampler.num_steps.",
@@ -219,25 +220,35 @@ def guidance(course: Course) -> Verdict:
 
 
 def condition(course: Course) -> Verdict:
-    verdict = _slope(
-        course, "condition", "student",
+    looks = sorted(course.late(_looks(course, STUDENT)), key=sum)
+    return _slope(
+        course, "condition", looks[1] if len(looks) > 1 else None, _heeded_by_data(course),
         "the student draws what it is told to",
         "the student does not draw what it is told to",
         "if labels are well, lower the student's lr; check null_share and guidance.scale.",
     )  # fmt: skip
-    if verdict.state == "alarm" and not course.late:
-        return Verdict("condition", "unknown", "not judged before half of the steps", verdict.figure, verdict.threshold)
-    return verdict
 
 
-def _slope(course: Course, name: str, of: str, well: str, ill: str, fix: str) -> Verdict:
-    """Of samples against half of what a teacher that knows its law only roughly gives the data themselves."""
-    slopes, doubts = course.series(f"health/condition/{of}"), course.series(f"health/condition/{of}_doubt")
-    value = slopes[-1][1] if slopes else None
+def _heeded_by_data(course: Course) -> float:
+    """Half of what a teacher that knows its law only roughly gives the data themselves."""
     data = course.series("health/condition/data")
-    least = HEEDED * min(1.0, max(HEEDED, data[-1][1])) if data and of != "data" else HEEDED
-    bad = value is not None and value + doubts[-1][1] < least
-    return _told(name, course, value, least, bad, well, ill, fix)
+    return HEEDED * min(1.0, max(HEEDED, data[-1][1])) if data else HEEDED
+
+
+def _looks(course: Course, of: str) -> list[tuple[int, Slope]]:
+    doubts = dict(course.series(f"health/condition/{of}_doubt"))
+    found = course.series(f"health/condition/{of}")
+    return [(step, (slope, doubts[step])) for step, slope in found if step in doubts]
+
+
+def _last(course: Course, of: str) -> Slope | None:
+    looks = _looks(course, of)
+    return looks[-1][1] if looks else None
+
+
+def _slope(course: Course, name: str, found: Slope | None, least: float, well: str, ill: str, fix: str) -> Verdict:
+    slope = None if found is None else found[0]
+    return _told(name, course, slope, least, found is not None and sum(found) < least, well, ill, fix)
 
 
 def time_range(course: Course) -> Verdict:

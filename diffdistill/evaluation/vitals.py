@@ -248,6 +248,12 @@ def _first_share(average: Ema) -> float:
     return share
 
 
+def _within(trained: Tensor, asked: Tensor) -> bool:
+    """Whether a student is trained at none but the noise levels [n] that its sampler asks it at."""
+    grid = asked.unique()
+    return bool(len(grid)) and bool(((trained.unique()[:, None] - grid).abs().amin(1) < 1e-4).all())
+
+
 def _ranges(looked: Sequence[Looked], asked: Tensor, std: float) -> dict[str, float]:
     """Where roles are asked against where they are trained, in logs of the noise-to-signal ratio."""
     found: dict[str, float] = {}
@@ -265,6 +271,8 @@ def _ranges(looked: Sequence[Looked], asked: Tensor, std: float) -> dict[str, fl
         ends = levels(calls).aminmax()
         found[f"times/{role}_low"], found[f"times/{role}_high"] = (float(end) for end in ends)
         at = asked if role == STUDENT else levels(elsewhere.get(role, []))
+        if role == STUDENT and _within(levels(calls), asked):
+            at = levels(calls)  # by its own rollout: a batch has one step of it, the others have their turn
         if len(at):
             at, low, high = (x.clamp(-PURE, PURE) for x in (at - scale, ends[0] - scale, ends[1] - scale))
             beyond = torch.maximum(at - high, low - at).clamp(min=0)
