@@ -40,7 +40,7 @@ class _Analytic(nn.Module):
     null: Cond | None
     dim: int
     num_classes: int  # without the null condition; 0 is unconditional
-    embedding_name = None  # extra inputs are read off the call, nothing is added
+    embedding_name = ""  # extra inputs are read off the call, nothing is added
 
     def check(self, shape: tuple[int, ...], num_classes: int) -> None:
         """Raise UserError unless it denoises samples of `shape` with labels 0 to num_classes - 1."""

@@ -378,8 +378,8 @@ class Networks:
             network = copy.deepcopy(source)
             own: nn.Module = network
             _rename_inputs(network, str(role.init), name)
-            if role.inputs and role.init in (None, "teacher") and network.embedding_name is not None:
-                _with_inputs(network).add(name, role.inputs, network.embedding_width)
+            if role.init in (None, "teacher"):
+                _add_inputs(network, name, role.inputs)
         elif self.modes[name] == "adapter":
             network = self.teacher
             own = self._adapters(name)
@@ -388,8 +388,7 @@ class Networks:
             own = nn.Module()
             for index, layer in enumerate(adapt(network, name, self.lora)):
                 own.add_module(str(index), _RoleAdapter(layer, name))
-            if role.inputs:
-                inputs = _with_inputs(network).add(name, role.inputs, network.embedding_width)
+            if (inputs := _add_inputs(network, name, role.inputs)) is not None:
                 own.add_module("inputs", inputs)
         self._modules[name] = own
         written_target = guidance if role.writable and name.startswith("target") else None
@@ -452,6 +451,17 @@ class _RoleAdapter(nn.Module):
     def __init__(self, layer: LoraLayer, role: str) -> None:
         super().__init__()
         self.down, self.up = layer.down[role], layer.up[role]
+
+
+def _add_inputs(network: Any, name: str, inputs: tuple[str, ...]) -> nn.Module | None:
+    """Embeddings of role `name`'s extra inputs beside the time embedding; None where nothing is to be added."""
+    if not inputs or network.embedding_name == "":  # it reads them off the call
+        return None
+    if network.embedding_name is None:
+        constraint = f"must embed time in one place, to which {', '.join(inputs)} of role {name} can be added"
+        raise UserError("networks", constraint, type(network).__name__, "Choose another method or network.")
+    added: nn.Module = _with_inputs(network).add(name, inputs, network.embedding_width)
+    return added
 
 
 def _with_inputs(network: Any) -> EmbeddingWithInputs:
