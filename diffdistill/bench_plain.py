@@ -199,9 +199,13 @@ def scm(method: Any, batch: Batch, draws: Draws, step: int) -> Iterator[Update]:
         ramp = min(1.0, step / method.warmup) if method.warmup else 1.0
         g = -cos.square() * (ours - velocity) - ramp * (cos * sin * x_t + along)
         gap = (predict(x_t, t) - ours) / method.sigma_data - normalised(g, method.normalise)
-        return sample_mean(gap.square()).mean()
+        error = sample_mean(gap.square())
+        if method.adaptive:
+            log_variance = method.networks["weight"](student.network.time(t))
+            error = torch.exp(-log_variance) * error + log_variance
+        return error.mean()
 
-    yield ("student",), loss
+    yield ("student", "weight") if method.adaptive else ("student",), loss
 
 
 def mean_flow(method: Any, batch: Batch, draws: Draws, step: int) -> Iterator[Update]:
@@ -261,8 +265,8 @@ def why_not(method: Any, trainer: Trainer) -> str | None:
     gan = (type(method) is DMD2 and method.gan_weight) or (isinstance(method, FDistill) and not method.gan_weight)
     if several or gan or getattr(method, "prior_std", None) is not None:
         return "only one step is, DMD2 without GAN and f-distill with one"
-    if isinstance(method, SCM) and (method.velocity == "data" or method.scales is not None or method.adaptive):
-        return "only sCM with the teacher's velocity, a fixed scale and no learned weight is"
+    if isinstance(method, SCM) and (method.velocity == "data" or method.scales is not None):
+        return "only sCM with the teacher's velocity and a fixed scale is"
     return None
 
 

@@ -24,7 +24,7 @@ from diffdistill.stand_in import Made as WithMade
 METHODS = ("dmd2", "sid", "f_distill", "scm", "mean_flow", "agd")
 WORDS = {
     "f_distill": ("distiller.r1_weight=0",),
-    "scm": ("distiller.adaptive=false",),
+    "scm": ("distiller.adaptive=true", "distiller.normalise=0.1"),
     "mean_flow": ("distiller.power=0.5",),
 }
 
@@ -68,7 +68,7 @@ def test_a_plain_loss_is_the_methods(name: str) -> None:
     assert why_not(method, trainer) is None
     phases = {phase.name: phase for phase in method.phases(0)}
     batch = WithMade(recipe.data).batch(Rng(3, 0, "data", range(4)), 4, recipe.needs, networks.dtype)
-    names = {("student",): "student"}
+    names = {roles: "student" for roles in (("student",), ("student", "weight"))}
     updates = list(PLAINLY[type(method)](method, batch, None, 0))  # type: ignore[arg-type]
     assert [set(roles) for roles, _ in updates] == [set(phase.trains) for phase in method.phases(0)]
     for roles, _ in updates:
@@ -111,7 +111,7 @@ def test_a_plain_step_trains_each_role_and_leaves_all_as_it_was() -> None:
         ("dmd2", ("trainer.accumulate=2",), "whole batches"),
         ("dmd2", ("distiller.gan_weight=0.1", "distiller.critic_gan_weight=0.1"), "without GAN"),
         ("dmd2", ("distiller.times=[2.5,0.5]",), "one step"),
-        ("scm", ("distiller.adaptive=true",), "no learned weight"),
+        ("scm", ("distiller.velocity=data",), "the teacher's velocity"),
         ("kd", (), "KD is not written plainly"),
     ],
 )
