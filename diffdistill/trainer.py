@@ -254,7 +254,10 @@ class Trainer:
         optimizers: Mapping[str, torch.optim.Optimizer],
         accelerator: Accelerator,
     ) -> tuple[list[Loss], dict[str, Tensor]]:
-        """One phase: phases outside, micro-batches inside, one optimizer step for each role it trains."""
+        """One phase: phases outside, micro-batches inside, one optimizer step for each role it trains.
+
+        Whether all is finite is asked once, before anything is stepped: the one place where a phase waits for a device.
+        """
         networks.train_only(phase.trains)
         losses = []
         for index, batch in enumerate(batches):
@@ -263,36 +266,49 @@ class Trainer:
             rng.seed_torch()  # dropout
             with accelerator.autocast():
                 loss = phase.loss(batch, rng)
-            if (bad := _not_finite(loss)) is not None:
-                found = ranks.all_say(culprit(batch, networks, optimizers))
-                term = (", ".join(phase.trains), f"loss {phase.name}/{bad}")
-                raise NonFiniteError(*next((one for one in found if one is not None), term), step)
             accelerator.backward(loss.total / len(batches))
             losses.append(Loss({k: v.detach() for k, v in loss.terms.items()}, loss.stats))
         networks.settle(phase.trains)
-        norms = {role: self.step(role, step, networks, optimizers[role]) for role in phase.trains}
+        norms = {role: norm(_gradients(networks, role)) for role in phase.trains}
+        if not _all_finite(losses, norms):
+            self._refuse(phase, batches, losses, step, networks, optimizers)
+            norms = {role: _in_float64_if_too_large(total, _gradients(networks, role)) for role, total in norms.items()}
+        for role, total in norms.items():
+            self.step(role, step, networks, optimizers[role], total)
         networks.update_ema(phase.trains)
         networks.zero_grad()
         return losses, norms
 
-    def step(self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clip and step one role; returns the norm of its gradient. Raises NonFiniteError."""
-        gradients = [p.grad for p in networks.weights(role) if p.grad is not None]
-        total = norm(gradients)
-        if not torch.isfinite(total):
-            total = norm_in_float64(gradients)
-        if not torch.isfinite(total):
-            named = [(n, p.grad) for n, p in networks.named_weights(role) if p.grad is not None]
-            names = [n for n, gradient in named if not whole(gradient).isfinite().all()]
-            raise NonFiniteError(role, f"gradient of {names[0] if names else 'all weights'}", step)
+    def step(self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer, total: Tensor) -> None:
+        """Clip and step one role. total: the norm of its gradient."""
         limit = self.clip.get(role, self.clip.get("default"))
         if limit is not None:
-            torch._foreach_mul_(parts(gradients), (limit / (total + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(parts(_gradients(networks, role)), (limit / (total + 1e-6)).clamp(max=1.0))
         factor = self._of(self.lr, role)(step, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         optimizer.step()
-        return total
+
+    def _refuse(
+        self,
+        phase: Phase,
+        batches: Sequence[Batch],
+        losses: Sequence[Loss],
+        step: int,
+        networks: Networks,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+    ) -> None:
+        """Raise NonFiniteError, whose name is what spoilt a loss or gradient first, unless only a norm overflowed."""
+        for batch, loss in zip(batches, losses, strict=True):
+            if (bad := _not_finite(loss)) is not None:
+                found = ranks.all_say(culprit(batch, networks, optimizers))
+                term = (", ".join(phase.trains), f"loss {phase.name}/{bad}")
+                raise NonFiniteError(*next((one for one in found if one is not None), term), step)
+        for role in phase.trains:
+            if not torch.isfinite(norm_in_float64(_gradients(networks, role))):
+                named = [(n, p.grad) for n, p in networks.named_weights(role) if p.grad is not None]
+                names = [n for n, gradient in named if not whole(gradient).isfinite().all()]
+                raise NonFiniteError(role, f"gradient of {names[0] if names else 'all weights'}", step)
 
     def rng(self, step: int, phase: str, micro_batch: int, device: torch.device | str) -> Rng:
         """The draws of one micro-batch on this process; ids as accelerate's loader deals batches."""
@@ -351,6 +367,21 @@ class Trainer:
         owned = [p for role in networks.owned for p in networks.weights(role)]
         averages = [tensor for average in networks.averages().values() for tensor in average.average]
         return parts([*weights, *owned, *averages, *optimizer_tensors(optimizers.values())])
+
+
+def _gradients(networks: Networks, role: str) -> list[Tensor]:
+    return [weight.grad for weight in networks.weights(role) if weight.grad is not None]
+
+
+def _all_finite(losses: Sequence[Loss], norms: Mapping[str, Tensor]) -> bool:
+    """Whether all losses and gradients are, on every process."""
+    totals = [loss.total for loss in losses]
+    flags = [torch.isfinite(figure).to(totals[0].device) for figure in (*totals, *norms.values())]
+    return not ranks.any_of(not torch.stack(flags).all())
+
+
+def _in_float64_if_too_large(total: Tensor, gradients: list[Tensor]) -> Tensor:
+    return total if torch.isfinite(total) else norm_in_float64(gradients)
 
 
 def _figures(phase: Phase, losses: Sequence[Loss]) -> dict[str, float]:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 
 from diffdistill import checkpoint
 from diffdistill.data import Mixture2D
+from diffdistill.networks.roles import Networks
 from diffdistill.trainer import Trainer
 
 NANS = ("weight", "gradient", "optimizer state", "data")
@@ -67,12 +69,20 @@ def poison(kind: str, role: str, step: int, which: float) -> None:
         with torch.no_grad():
             tensor.view(-1)[int(which * tensor.numel())] = float("nan")
 
-    name = {"gradient": "step", "data": "batches"}.get(kind, "update")
+    def after_settling(networks: Networks) -> Callable[..., None]:
+        def settle(names: Sequence[str]) -> None:
+            del networks.settle  # type: ignore[method-assign]
+            networks.settle(names)
+            spoil([weight.grad for weight in networks.weights(role) if weight.grad is not None])
+
+        return settle
+
+    name = "batches" if kind == "data" else "update"
     original = getattr(Trainer, name)
 
     def spoilt(self: Trainer, *args: Any) -> Any:
-        if kind == "gradient" and not done and args[0] == role and args[1] >= step:
-            spoil([p.grad for p in args[2].weights(role) if p.grad is not None])
+        if kind == "gradient" and not done and role in args[0].trains and args[2] >= step:
+            args[3].settle = after_settling(args[3])
         if kind in ("weight", "optimizer state") and not done and args[2] >= step:
             networks, optimizers = args[3], args[4]
             states = [s for s in optimizers[role].state.values() if "exp_avg" in s]

@@ -68,7 +68,7 @@ def test_a_plain_loss_is_the_methods(name: str) -> None:
     assert why_not(method, trainer) is None
     phases = {phase.name: phase for phase in method.phases(0)}
     batch = WithMade(recipe.data).batch(Rng(3, 0, "data", range(4)), 4, recipe.needs, networks.dtype)
-    names = {roles: "student" for roles in (("student",), ("student", "weight"))}
+    names = dict.fromkeys((("student",), ("student", "weight")), "student")
     updates = list(PLAINLY[type(method)](method, batch, None, 0))  # type: ignore[arg-type]
     assert [set(roles) for roles, _ in updates] == [set(phase.trains) for phase in method.phases(0)]
     for roles, _ in updates:
