@@ -31,7 +31,7 @@ from diffdistill.errors import UserError, require_at_least
 from diffdistill.evaluation.plots import check_picture
 from diffdistill.launch import accelerator_of
 from diffdistill.machine import machine, versions
-from diffdistill.memory import keep_freed
+from diffdistill.memory import freed_is_kept
 from diffdistill.recipe import assemble
 from diffdistill.run_folder import new_file, writing
 
@@ -100,17 +100,16 @@ def step(
     for text in left_out:
         console.print(f"left out: {text['distiller']} on {text['networks']}: {text['why']}", highlight=False)
     torch.set_num_threads(1 if device == "cpu" else threads)
-    keep_freed(device == "cpu")  # as training does
     results = []
     try:
         for pair in todo:
-            results.append(_one(pair, QUICK["pairs"] if quick else pairs, device))
+            with freed_is_kept(device):  # as in training
+                results.append(_one(pair, QUICK["pairs"] if quick else pairs, device))
             console.print(_table(results[-1]))
             if out is not None:  # after each: hours of measuring are not lost
                 _write(out, results, left_out, device)
     finally:
         torch.set_num_threads(threads)
-        keep_freed(False)
     if plot is not None:
         with writing(plot, "plot", "Name another place, or make room."):
             plot_steps(results, plot)

@@ -26,7 +26,7 @@ from diffdistill.evaluation import factors, harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.evaluation.vitals import Health
 from diffdistill.hashing import file_sha256
-from diffdistill.memory import keep_freed
+from diffdistill.memory import freed_is_kept
 from diffdistill.networks.files import resolve
 from diffdistill.networks.roles import Networks
 from diffdistill.parallel import Parallel, num_processes
@@ -114,9 +114,7 @@ def _train(settings: Mapping[str, Any], folder: RunFolder, resume: Resume, dry_r
     if dry_run:
         logs.console().print("dry run: the configuration is good, nothing was trained.")
         return None
-    if accelerator.device.type == "cpu":
-        keep_freed(True)
-    with _held(folder):
+    with _held(folder), freed_is_kept(accelerator.device):
         ranks.on_main(lambda: _claim(folder, settings, resume))
         summary = _run(first, accelerator, resume)
         del first  # one part's networks at a time

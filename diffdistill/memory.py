@@ -7,7 +7,8 @@ import os
 import platform
 import sys
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def optimizer_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> list[Tenso
         for value in state.values()
         if isinstance(value, Tensor)
     ]
+
+
+@contextmanager
+def freed_is_kept(device: torch.device | str) -> Iterator[None]:
+    """Within the context `keep_freed` holds, on a CPU; afterwards what is free goes back to the system."""
+    here = torch.device(device).type == "cpu" and keep_freed(True)
+    try:
+        yield
+    finally:
+        if here:
+            keep_freed(False)
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_freed(on: bool) -> bool:
