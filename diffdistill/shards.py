@@ -93,11 +93,18 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         elif size < SMALL:
             small.append(own.flatten())
         elif tensor.ndim > 1 and tensor.dtype == torch.float32 and size <= LONGEST_ROW * len(tensor):
-            rows.append(torch.linalg.vector_norm(own.flatten(1), dim=1))
+            rows.append(torch.linalg.vector_norm(_as_it_lies(own).flatten(1), dim=1))
         else:
             others.append(own)
     squares = [torch.cat(some).double().square().sum() for some in (rows, small) if some]
     return _root(tensors, [*squares, *_squares(others)])
+
+
+def _as_it_lies(tensor: Tensor) -> Tensor:
+    """Rows of a convolution's weights with channels innermost, in that order: flattened they would be copied."""
+    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor
 
 
 def norm_in_float64(tensors: Sequence[Tensor]) -> Tensor:
