@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ CSS = """
 
 
 def serve(sides: Sequence[Measured], host: str, port: int, ready: Callable[[str], None] = lambda url: None) -> None:
-    """Serve the page until Ctrl-C. ready: called with the address once it can be opened."""
+    """Serve the page until Ctrl-C or SIGTERM. ready: called with the address once it can be opened."""
     with tempfile.TemporaryDirectory(prefix="diffdistill-demo-") as scratch:
         # read where gradio is imported
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": scratch}
@@ -55,13 +56,16 @@ def serve(sides: Sequence[Measured], host: str, port: int, ready: Callable[[str]
             css=CSS, theme=gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
             app_kwargs={"middleware": [Middleware(_Alone)]},
         )  # fmt: skip
+        ended = threading.Event()
+        # of SIGINT too: a shell's background job is told to ignore it
+        before = {number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             ready(url)
-            threading.Event().wait()
-        except KeyboardInterrupt:
-            pass
+            ended.wait()
         finally:
             page.close(verbose=False)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 class _Alone:

@@ -8,6 +8,7 @@ demo_light.png and demo_dark.png, each wide and light, or as on a phone and dark
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -27,19 +28,22 @@ COLOURS = 128
 
 @contextmanager
 def demo_of(*words: str) -> Iterator[str]:
-    """The address of a demo, served by the command line while the context lasts."""
+    """The address of a demo, served by the command line while the context lasts; as a shell's background job, which
+    is told to ignore Ctrl-C."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "diffdistill", "demo", *words, f"port={port}"]
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # processes inherit that
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     assert server.stdout is not None and server.stderr is not None
     try:
         address = server.stdout.readline().partition(" ")[0]
         assert address, server.stderr.read()
         yield address
     finally:
-        server.send_signal(2)
+        server.send_signal(signal.SIGINT)
         _, said = server.communicate(timeout=60)
     assert (server.returncode, said) == (0, "")
 
