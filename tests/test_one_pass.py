@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffdistill.autodiff import CentralDifference, Exact, jvp
 from diffdistill.config import compose
+from diffdistill.networks.attention import Sdpa
 from diffdistill.networks.call import recorded_passes, seen_calls
 from diffdistill.recipe import assemble
 from diffdistill.rng import Rng
@@ -149,3 +151,26 @@ def test_attention_keeps_its_graph_and_has_torchs_tangent(moving: str) -> None:
     torch.testing.assert_close(
         torch.autograd.grad(value.square().sum(), weight), torch.autograd.grad(attend(*primals).square().sum(), weight)
     )
+
+
+class Kernels(TorchDispatchMode):
+    """Names of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_that_is_asked_to_be_unfused_is(fused: bool) -> None:
+    attend, weight = Sdpa(fused), torch.ones(1, requires_grad=True)
+    x = torch.randn(2, 3, 6, 4, generator=torch.Generator().manual_seed(0))
+    with Kernels() as ran:
+        value, along = jvp(lambda q: attend(q * weight, q, q), (x,), (x,), graph=True)
+    assert any("flash_attention" in name for name in ran.names) == fused
+    wanted, tangent = jvp(lambda q: Sdpa(False)(q * weight.detach(), q, q), (x,), (x,))
+    torch.testing.assert_close((value.detach(), along), (wanted, tangent))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -58,6 +58,13 @@ class Attention(Protocol):
         """What runs, in words."""
 
 
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """torch's math backend, also under forward mode, whose own rule would take a fused kernel for the value."""
+    with sdpa_kernel(SDPBackend.MATH), torch._C.DisableTorchFunction():
+        yield
+
+
 @dataclass(frozen=True)
 class Sdpa:
     """torch's attention. fused: by the kernel it picks, else as single operations: more memory, but a rule for forward
@@ -77,7 +84,7 @@ class Sdpa:
         mask: Tensor | None = None,
     ) -> Tensor:
         _no_layout(self, layout)
-        with nullcontext() if self.fused else sdpa_kernel(SDPBackend.MATH):
+        with nullcontext() if self.fused else _unfused():
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
     def ready(self) -> None:
