@@ -175,3 +175,14 @@ def test_sinusoids_of_a_guidance_scale_tell_its_usual_values_apart():
     features = sinusoid(1000 * torch.tensor([1.0, 1.5, 7.5]), 64)
     distances = torch.cdist(features, features)
     assert distances[distances > 0].min() > math.sqrt(2)
+
+
+@both_modes
+def test_a_network_without_a_place_for_inputs_refuses_them(mode: str) -> None:
+    """Left out, the student would be trained without what its method tells it."""
+    teacher = mlp_from_config(0.5, 0.002, 20.0, 2, 16, 2, 0, seed=0)
+    teacher.embedding_name = None
+    roles = {"student": Role(inputs=("s",))}
+    with pytest.raises(UserError, match="networks must embed time in one place, to which s of role student"):
+        Networks(teacher, roles, (2,), {}, modes={"student": mode}, lora=LoraSpec(4))
+    Networks(teacher, {"student": Role()}, (2,), {}, modes={"student": mode}, lora=LoraSpec(4))
