@@ -32,7 +32,8 @@ from diffdistill.rng import Rng
 from diffdistill.times import TimeLaw
 from diffdistill.trainer import Trainer
 
-WORDS = ("channels_last=false", "compile=false", "together=false")  # of train: networks as they were built
+# of train: networks as they were built
+WORDS = ("channels_last=false", "onednn=false", "compile=false", "together=false")
 TABLE = 4096  # times of a law, to draw from
 
 Update = tuple[tuple[str, ...], Callable[[], Tensor]]  # roles, and the loss that trains them

@@ -61,6 +61,16 @@ def check(cfg: DictConfig | Mapping[str, Any], function: Callable[..., Any]) -> 
     check_keywords(plain, function, "", complete=True)
 
 
+def check_kind(node: Mapping[str, Any] | None, kind: type, key: str) -> None:
+    """Raise UserError unless the node at `key`, if there is one, builds a `kind`."""
+    if node is None or "_target_" not in node:  # `build` tells of the second
+        return
+    target = locate(node["_target_"], dot(key, "_target_"))
+    if not takes_node(kind, target, partial=False) or node.get("_partial_", False):
+        given = f"a node with _target_ {node['_target_']}"
+        raise UserError(key, f"must be {describe(kind)}", given, example(kind, key))
+
+
 def is_node(value: Any) -> bool:
     """Whether a plain value describes a call."""
     return isinstance(value, dict) and "_target_" in value

@@ -81,8 +81,11 @@ def takes_node(arm: Any, target: Any, partial: bool) -> bool:
     if form(arm) != "object":
         return form(arm) == "any" or arm is DictConfig  # a DictConfig parameter gets the node itself
     wanted = get_origin(arm) or arm
-    if partial or wanted is abc.Callable or getattr(wanted, "_is_protocol", False) or not inspect.isclass(target):
+    if partial or wanted is abc.Callable or not inspect.isclass(target):
         return True
+    if getattr(wanted, "_is_protocol", False):
+        methods = (name for name, member in vars(wanted).items() if inspect.isfunction(member) and name[0] != "_")
+        return all(hasattr(target, name) for name in methods)
     return issubclass(target, wanted)
 
 

@@ -35,16 +35,9 @@ def _moves(*others: Any) -> bool:
     return any(_tangent(x) is not None for x in others)
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    x, moved = forward_ad.unpack_dual(input)
-    if moved is None or _moves(weight, bias):
-        return NotImplemented
-    with torch.no_grad():
-        tangent = F.linear(moved, weight)
-    return forward_ad.make_dual(F.linear(x, weight, bias), tangent)
+def layer(function: Rule) -> Rule:
+    """The rule of what is linear in its input and adds a bias."""
 
-
-def _convolution(function: Rule) -> Rule:
     def rule(input: Tensor, weight: Tensor, bias: Tensor | None = None, *others: Any, **named: Any) -> Any:
         x, moved = forward_ad.unpack_dual(input)
         if moved is None or _moves(weight, bias):
@@ -177,10 +170,10 @@ def _angle(y: Any, x: Any, dy: Tensor | None, dx: Tensor | None, value: Tensor) 
 
 
 RULES: dict[Any, Rule] = {
-    F.linear: _linear,
-    F.conv1d: _convolution(F.conv1d),
-    F.conv2d: _convolution(F.conv2d),
-    F.conv3d: _convolution(F.conv3d),
+    F.linear: layer(F.linear),
+    F.conv1d: layer(F.conv1d),
+    F.conv2d: layer(F.conv2d),
+    F.conv3d: layer(F.conv3d),
     F.group_norm: _group_norm,
     F.layer_norm: _layer_norm,
     F.silu: _activation(F.silu, _backward.silu_backward),

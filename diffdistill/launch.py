@@ -20,15 +20,20 @@ from diffdistill.cached_tensors import Source, sources
 from diffdistill.checkpoint import Checkpoint
 from diffdistill.compiling import Compile, check_compile
 from diffdistill.config import build, compose
+from diffdistill.config_check import check_kind
 from diffdistill.config_types import dot, show
+from diffdistill.data import Data
 from diffdistill.errors import UserError
 from diffdistill.evaluation import factors, harness
 from diffdistill.evaluation.harness import Evaluation
 from diffdistill.evaluation.vitals import Health
 from diffdistill.hashing import file_sha256
 from diffdistill.memory import freed_is_kept
+from diffdistill.networks.adapter import AdapterSpec
 from diffdistill.networks.files import resolve
+from diffdistill.networks.lora import LoraSpec
 from diffdistill.networks.roles import Networks
+from diffdistill.pairs import PairSource
 from diffdistill.parallel import Parallel, num_processes
 from diffdistill.probe import Probe, ask
 from diffdistill.recipe import MADE, Recipe, assemble
@@ -38,6 +43,7 @@ from diffdistill.saved_run import load_run
 from diffdistill.stages import Part, parts
 from diffdistill.trackers import Tracker
 from diffdistill.trainer import Trainer
+from diffdistill.trajectories import TrajectorySource
 from diffdistill.warm_start import warm_start
 from diffdistill.watchdog import Watchdog
 
@@ -50,6 +56,14 @@ _GIVEN = (*_FREE, *_SPREAD)
 _NOT_COMPARED = ("run_dir", "resume", "dry_run", "command", "probe", "parallel", *_GIVEN)
 _NOT_COMPARED_BELOW = ("probe.", "watchdog.")
 Resume = bool | Literal["auto"]
+
+
+# What nodes at the top build.
+KINDS = {
+    "trainer": Trainer, "evaluation": Evaluation, "tracker": Tracker, "watchdog": Watchdog, "health": Health,
+    "probe": Probe, "lora": LoraSpec, "adapter": AdapterSpec, "pairs": PairSource, "trajectories": TrajectorySource,
+    "data": Data,
+}  # fmt: skip
 
 
 def train(
@@ -77,6 +91,7 @@ def train(
     watchdog: DictConfig | None,
     resume: bool | Literal["auto"],
     channels_last: bool,
+    onednn: bool,
     compile: Compile,
     together: bool,
     checkpointing: bool,
@@ -92,6 +107,7 @@ def train(
     where there is none.
     """
     settings: Mapping[str, Any] = dict(locals())
+    check_kind(parallel, Parallel, "parallel")
     group: Parallel = build(parallel)
     with group.running(), _one_voice():
         return _train(settings, RunFolder(Path(run_dir)), resume, dry_run)
@@ -166,6 +182,8 @@ class _Prepared:
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     """Build a part on `device`, every mistake told. among: the parts of a recipe whose stages have not run yet."""
     settings = part.settings
+    for key, kind in KINDS.items():
+        check_kind(settings.get(key), kind, key)
     several = ranks.place()[1] > 1 and device.type != "meta"
     group: Parallel = build(settings["parallel"])
     recipe = ranks.together(lambda: assemble(settings, device, "cpu" if several and group.sharded else device))
@@ -273,6 +291,7 @@ def _stored(folder: RunFolder, settings: Mapping[str, Any], resume: Resume) -> M
         "watchdog",
         "tracker",
         "channels_last",
+        "onednn",
         "together",
         *MADE.values(),
     ):

@@ -106,6 +106,8 @@ def assemble_parts(
     networks.checkpointed = bool(settings.get("checkpointing"))
     if settings.get("channels_last"):
         networks.lay_channels_last()
+    if settings.get("onednn"):
+        networks.multiply_by_onednn()
     for role, node in (settings.get("attention") or {}).items():
         _attend(networks, str(role), node)
     distiller = build(settings["distiller"], networks=networks)

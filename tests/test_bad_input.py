@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_families import write_families
 
 from diffdistill import config_files
-from diffdistill.cli import VERBS
+from diffdistill.cli import VERBS, main
 from diffdistill.config_check import NODE_WORDS
 from diffdistill.config_types import arms, form
 
@@ -263,6 +263,7 @@ ANY_VALUE = {
     "noise": "every finite exponent",
     "train.command": "text that cards quote",
     "train.channels_last": "both are legal",
+    "train.onednn": "both are legal",
     "train.compile": "every value that its annotation allows",
     "train.together": "both are legal; where nothing can share a call nothing does",
     "train.checkpointing": "both are legal; a network that has none is refused",
@@ -567,3 +568,14 @@ def test_odd_lines_end_in_one_message(case: str, here: Path) -> None:
 def test_networks_without_weights_run_dry_as_far_as_the_method_allows(here: Path) -> None:
     outcome = run(["train", "data=gmm2d", "networks=gmm2d_exact", "evaluation=none", "dry_run=true"])
     assert "networks must be trainable" in outcome.err
+
+
+@pytest.mark.parametrize("key", ["tracker", "data", "trainer", "parallel", "probe"])
+@pytest.mark.usefixtures("here")
+def test_a_class_of_another_kind_is_told(key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A schedule has none of their keys, or, where no key is left, is told to be none of them."""
+    target = "diffdistill.trainer.ConstantLR"
+    assert main(["train", "experiment=digits_kd", f"{key}._target_={target}", "run_dir=new", "dry_run=true"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    assert f"error: {key}" in told

@@ -23,6 +23,7 @@ from diffdistill.networks.discriminator import Heads, Scalar
 from diffdistill.networks.ema import Constant, Ema, Rate
 from diffdistill.networks.inputs import EmbeddingWithInputs
 from diffdistill.networks.lora import LoraLayer, LoraSpec, adapt, merge
+from diffdistill.onednn import by_onednn
 from diffdistill.shards import placed
 
 Build = Literal["denoiser", "heads", "scalar"]
@@ -285,11 +286,18 @@ class Networks:
 
     def lay_channels_last(self) -> None:
         """Weights of two-dimensional convolutions, and so what they compute, with channels innermost."""
-        for name in self.roles:
-            view = self._views[name]
-            module: Any = view.network if isinstance(view, Denoiser) else view
+        for module in self._modules_of_roles():
             module.to(memory_format=torch.channels_last)
-        self.teacher.to(memory_format=torch.channels_last)
+
+    def multiply_by_onednn(self) -> None:
+        """Linear layers on a CPU by oneDNN, see `diffdistill.onednn`."""
+        for module in self._modules_of_roles():
+            by_onednn(module)
+
+    def _modules_of_roles(self) -> list[nn.Module]:
+        """What computes the roles, and the teacher."""
+        views = [self._views[name] for name in self.roles]
+        return [*(view.network if isinstance(view, Denoiser) else view for view in views), self.teacher]
 
     def compile(self, compile: Compile = True) -> None:
         """torch.compile every network in place, once per distinct module. compile: true, or a mode of torch.compile."""
