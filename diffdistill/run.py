@@ -251,6 +251,7 @@ class Run:
     @uncompiled()
     def _evaluate_interim(self, step: int, signal: StopSignal) -> None:
         assert self.evaluation is not None
+        self.recipe.networks.train_only(())  # no dropout; the next phase chooses its own
         with self.recipe.networks.averaged(), self._at_once(signal):
             self._picture(step)
             figures, _ = self._figures(self.recipe.distiller.generator, harness.interim(self.evaluation), signal)

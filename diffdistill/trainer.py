@@ -205,18 +205,23 @@ class Trainer:
         accelerator: Accelerator,
         counter: AbstractContextManager[Any],
     ) -> dict[str, float]:
-        """One step; its figures if it is one to log. counter: entered around the phases."""
+        """One step; figures if it is one to log, each phase's of its last time since the line before, as some have
+        their turn at other steps. counter: entered around the phases.
+        """
         step, networks = state.step, state.networks
         with during("data"):
             batches = ranks.together(lambda: self.batches(data, needs, networks, step))
-        figures: dict[str, float] = {}
-        logged = (step + 1) % self.log_every == 0
         for phase in state.distiller.phases(step):
             with during(f"phase {phase.name}"), counter:
                 losses, norms = self.update(phase, batches, step, networks, state.optimizers, accelerator)
-            if logged:
-                figures |= ranks.mean(_figures(phase, losses))
+            state.latest[phase.name] = (losses, norms)
+        figures: dict[str, float] = {}
+        logged = (step + 1) % self.log_every == 0
+        if logged:
+            for name, (losses, norms) in state.latest.items():
+                figures |= ranks.mean(_figures(name, losses))
                 figures |= {f"grad_norm/{role}": float(n) for role, n in norms.items()}
+            state.latest.clear()
         self._transit(state.distiller.after_step(step), state)
         if logged:
             figures |= {f"lr/{role}": o.param_groups[0]["lr"] for role, o in state.optimizers.items()}
@@ -267,7 +272,7 @@ class Trainer:
             with accelerator.autocast():
                 loss = phase.loss(batch, rng)
             accelerator.backward(loss.total / len(batches))
-            losses.append(Loss({k: v.detach() for k, v in loss.terms.items()}, loss.stats))
+            losses.append(Loss(_detached(loss.terms), _detached(loss.stats)))
         networks.settle(phase.trains)
         norms = {role: norm(_gradients(networks, role)) for role in phase.trains}
         if not _all_finite(losses, norms):
@@ -384,10 +389,14 @@ def _in_float64_if_too_large(total: Tensor, gradients: list[Tensor]) -> Tensor:
     return total if torch.isfinite(total) else norm_in_float64(gradients)
 
 
-def _figures(phase: Phase, losses: Sequence[Loss]) -> dict[str, float]:
+def _detached(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach() for name, value in values.items()}
+
+
+def _figures(phase: str, losses: Sequence[Loss]) -> dict[str, float]:
     """Terms and stats of a phase, mean over micro-batches."""
     merged = [{**loss.terms, **loss.stats} for loss in losses]
-    return {f"{phase.name}/{key}": sum(float(m[key]) for m in merged) / len(merged) for key in merged[0]}
+    return {f"{phase}/{key}": sum(float(m[key]) for m in merged) / len(merged) for key in merged[0]}
 
 
 def _not_finite(loss: Loss) -> str | None:

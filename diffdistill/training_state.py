@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffdistill.checkpoint import Checkpoint, joined, split
-from diffdistill.distillers.base import Distiller
+from diffdistill.distillers.base import Distiller, Loss
 from diffdistill.errors import UserError
 from diffdistill.networks.roles import Networks
 from diffdistill.shards import part, placed
@@ -26,7 +26,8 @@ class TrainingState:
     made_cpu_seconds: of what the teacher made before it.  peak_bytes: of live tensors in one full
     step, 0 before that.
 
-    snapshots: name -> weights, of Transitions.  Data and noise need nothing: their draws are keyed by seed and step.
+    snapshots: name -> weights, of Transitions.  latest: losses and norms of gradients of each phase that ran since the
+    last line of the log; not saved.  Data and noise need nothing: their draws are keyed by seed and step.
     """
 
     distiller: Distiller
@@ -40,6 +41,7 @@ class TrainingState:
     made_cpu_seconds: float = 0.0
     peak_bytes: int = 0
     snapshots: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    latest: dict[str, tuple[list[Loss], dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def next_cpu_seconds(self) -> float:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from diffdistill.cli import main
+from diffdistill.run import Run
+from diffdistill.run_pictures import RunPictures
 
 QUICK = [
     "train", "experiment=gmm2d_dmd2", "trainer.steps=12", "trainer.batch_size=32", "trainer.log_every=4",
@@ -48,6 +51,23 @@ def test_the_summary_has_its_schema_and_protocol(finished: Path) -> None:
     assert summary["protocol"]["num_samples"] == 500
     assert summary["iterations"] == 12
     assert summary["peak_memory_bytes"] > 2**20
+
+
+def test_no_role_is_in_training_mode_while_an_interim_evaluation_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[bool] = []
+
+    def noted(self: Run, *others: Any) -> Any:
+        networks = [self.recipe.networks[role].network for role in ("student", "fake_score")]
+        modes.extend(module.training for network in networks for module in network.modules())
+        return figures(self, *others)
+
+    figures = Run._figures
+    monkeypatch.setattr(Run, "_figures", noted)
+    monkeypatch.setattr(RunPictures, "keep", lambda self, step: None)  # it would put an end to training mode too
+    assert main([*QUICK, f"run_dir={tmp_path / 'x'}", "evaluation.every=3"]) == 0
+    assert modes and not any(modes)
 
 
 def test_the_same_command_gives_the_same_numbers(finished: Path, tmp_path: Path) -> None:

@@ -94,6 +94,22 @@ def test_logging_saving_and_evaluating_come_when_due() -> None:
     assert {"critic/denoising", "grad_norm/fake_score", "lr/student", "time/step_seconds"} <= figures.keys()
 
 
+def test_a_phase_whose_turn_is_at_other_steps_is_logged_once_for_each_time() -> None:
+    """The student of DMD2 is trained at steps 1, 6, 11: never at one that is logged."""
+    recipe = gauss_recipe("dmd2", "distiller.student_every=5")
+    _, seen = fit(trainer_of("trainer.steps=12", "trainer.log_every=2"), recipe)
+    lines = {step: figures for what, (step, figures) in (one for one in seen if one[0] == "log")}
+    with_student = [step for step, figures in lines.items() if "student/dmd" in figures]
+    assert with_student == [step for step, figures in lines.items() if "grad_norm/student" in figures] == [2, 6, 12]
+    assert all("critic/denoising" in figures for figures in lines.values())
+    _, each = fit(
+        trainer_of("trainer.steps=12", "trainer.log_every=1"), gauss_recipe("dmd2", "distiller.student_every=5")
+    )
+    alone = {step: figures for what, (step, figures) in (one for one in each if one[0] == "log")}
+    assert lines[2]["student/dmd"] == alone[1]["student/dmd"]
+    assert lines[6]["critic/denoising"] == alone[6]["critic/denoising"]
+
+
 def test_training_ends_before_the_step_that_could_pass_its_cpu_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 2))  # a step takes 2 s
     monkeypatch.setattr("diffdistill.trainer.time.process_time", lambda: next(clock))
