@@ -118,9 +118,17 @@ class Bench:
         return found
 
     def round(self) -> None:
-        """Time every part, passes in the order of the steps: one after its like finds warm caches, as it does there."""
+        """Time every part, passes in the order of the steps: one after its like finds warm caches, as it does there.
+
+        A pass adds its gradients to those of the passes before it in its phase, as it does there too.
+        """
+        phase = None
         for made in self.passes:
+            if made.phase is not phase:
+                self.networks.zero_grad()
+            phase = made.phase
             self._time(made)
+        self.networks.zero_grad()
         self.parts[UPDATES].milliseconds.append(self._updates())
         self.parts[ARITHMETIC].milliseconds.append(self._arithmetic())
 
@@ -136,7 +144,6 @@ class Bench:
         ended = clock.now()
         part.milliseconds.append(ended - started)
         part.backward.append(ended - forward)
-        self.networks.zero_grad()
 
     def _updates(self) -> float:
         """Clipping, optimizers and averages of a cycle, as torch does them."""
@@ -193,7 +200,7 @@ class Bench:
         for step in range(self.length):
             batches = self._batches(step)
             for phase in self.distiller.phases(step):
-                with recorder.during(phase):
+                with recorder.during(replace(phase)):  # one for each step, whose gradients begin anew
                     self.trainer.update(phase, batches, step, self.networks, optimizers, self.accelerator)
         return recorder.passes
 

@@ -119,6 +119,25 @@ def test_steps_of_a_bench_leave_weights_as_they_were() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, bench.networks.weights("student"), strict=True))
 
 
+def test_a_pass_adds_its_gradients_to_those_of_the_passes_before_it_in_its_phase(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in the step, where a weight that several passes of a phase use gets a sum; each phase begins anew."""
+    bench = benched("f_distill")
+    there: dict[int, list[bool]] = {}
+    timed = bench._time
+
+    def noted(made: Made) -> None:
+        if made.phase.name == "critic" and made.role == "fake_score" and made.reached:
+            there.setdefault(id(made.phase), []).append(bench.networks.weights("fake_score")[0].grad is not None)
+        timed(made)
+
+    monkeypatch.setattr(bench, "_time", noted)
+    bench.round()
+    assert list(there.values()) == [[False, True, True, True, True]] * bench.length
+    assert all(weight.grad is None for weight in bench.networks.weights("fake_score"))
+
+
 def test_a_period_is_found() -> None:
     class Named:
         def __init__(self, name: str) -> None:
