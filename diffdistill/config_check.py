@@ -7,7 +7,7 @@ import inspect
 import math
 import os
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, cast, get_args
 
@@ -61,14 +61,14 @@ def check(cfg: DictConfig | Mapping[str, Any], function: Callable[..., Any]) -> 
     check_keywords(plain, function, "", complete=True)
 
 
-def check_kind(node: Mapping[str, Any] | None, kind: type, key: str) -> None:
-    """Raise UserError unless the node at `key`, if there is one, builds a `kind`."""
+def check_kind(node: Mapping[str, Any] | None, kinds: Sequence[type], key: str) -> None:
+    """Raise UserError unless the node at `key`, if there is one, builds one of `kinds`, of which the first is named."""
     if node is None or "_target_" not in node:  # `build` tells of the second
         return
     target = locate(node["_target_"], dot(key, "_target_"))
-    if not takes_node(kind, target, partial=False) or node.get("_partial_", False):
+    if node.get("_partial_", False) or not any(takes_node(kind, target, partial=False) for kind in kinds):
         given = f"a node with _target_ {node['_target_']}"
-        raise UserError(key, f"must be {describe(kind)}", given, example(kind, key))
+        raise UserError(key, f"must be {describe(kinds[0])}", given, example(kinds[0], key))
 
 
 def is_node(value: Any) -> bool:

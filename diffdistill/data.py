@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -71,6 +71,14 @@ class Data(Protocol):
 
     def features(self) -> Classifier | None:
         """The feature network its figures are measured with, if it has one."""
+        ...
+
+
+class Untold(Protocol):
+    """Data of text, of which a network's pipeline makes conditions."""
+
+    def told(self, network: Any, pipeline: str | None) -> Data:
+        """The data set for that network."""
         ...
 
 

@@ -22,7 +22,7 @@ from diffdistill.compiling import Compile, check_compile
 from diffdistill.config import build, compose
 from diffdistill.config_check import check_kind
 from diffdistill.config_types import dot, show
-from diffdistill.data import Data
+from diffdistill.data import Data, Untold
 from diffdistill.errors import UserError
 from diffdistill.evaluation import factors, harness
 from diffdistill.evaluation.harness import Evaluation
@@ -59,10 +59,10 @@ Resume = bool | Literal["auto"]
 
 
 # What nodes at the top build.
-KINDS = {
-    "trainer": Trainer, "evaluation": Evaluation, "tracker": Tracker, "watchdog": Watchdog, "health": Health,
-    "probe": Probe, "lora": LoraSpec, "adapter": AdapterSpec, "pairs": PairSource, "trajectories": TrajectorySource,
-    "data": Data,
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "trainer": (Trainer,), "evaluation": (Evaluation,), "tracker": (Tracker,), "watchdog": (Watchdog,),
+    "health": (Health,), "probe": (Probe,), "lora": (LoraSpec,), "adapter": (AdapterSpec,), "pairs": (PairSource,),
+    "trajectories": (TrajectorySource,), "data": (Data, Untold),
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def train(
     where there is none.
     """
     settings: Mapping[str, Any] = dict(locals())
-    check_kind(parallel, Parallel, "parallel")
+    check_kind(parallel, (Parallel,), "parallel")
     group: Parallel = build(parallel)
     with group.running(), _one_voice():
         return _train(settings, RunFolder(Path(run_dir)), resume, dry_run)
@@ -182,8 +182,8 @@ class _Prepared:
 def _prepared(part: Part, among: list[Part], device: torch.device) -> _Prepared:
     """Build a part on `device`, every mistake told. among: the parts of a recipe whose stages have not run yet."""
     settings = part.settings
-    for key, kind in KINDS.items():
-        check_kind(settings.get(key), kind, key)
+    for key, kinds in KINDS.items():
+        check_kind(settings.get(key), kinds, key)
     several = ranks.place()[1] > 1 and device.type != "meta"
     group: Parallel = build(settings["parallel"])
     recipe = ranks.together(lambda: assemble(settings, device, "cpu" if several and group.sharded else device))
