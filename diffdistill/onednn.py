@@ -1,7 +1,7 @@
 """Linear layers of float32 networks on a CPU, computed by oneDNN instead of the BLAS that torch was built with.
 
-That is MKL as a rule, which leaves half of their vector units idle on AMD processors with AVX-512: oneDNN's products
-take half the time there. Results are those of `torch.nn.functional.linear` up to rounding.
+That is MKL as a rule, with which a step of a transformer took 1.4 to 1.6 times as long on an AMD processor with AVX-512
+(docs/speed.md). Results are those of `torch.nn.functional.linear` up to rounding.
 """
 
 from __future__ import annotations
