@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -111,14 +113,35 @@ def jvp(
     _load_forward_rules()
     mended = contextlib.nullcontext() if torch.__version__ >= "2.14" else _ContiguousGroupNorm()
     token = _targets.set(graph)
+    taken, rules = (torch.func.jvp, contextlib.nullcontext()) if transforms() else (_by_duals, Rules())
     try:
-        with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), mended, Rules():
-            value, tangent = torch.func.jvp(function, primals, tangents)[:2]
+        with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), mended, rules:
+            value, tangent = taken(function, primals, tangents)[:2]
     finally:
         _targets.reset(token)
     return value, pytree.tree_map(Tensor.detach, tangent) if graph else tangent
 
 
+def _by_duals(
+    function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> tuple[Any, Any]:
+    """As `torch.func.jvp`, where no other transform is under way: tensors that carry their tangents, without the
+    wrappers by which torch.func tells levels apart, which cost every small operation more than it takes."""
+    token = _duals.set(True)
+    eager_transforms.JVP_NESTING += 1  # a torch.func.jvp inside finds itself nested, which it is
+    try:
+        with forward_ad.dual_level():
+            duals = (forward_ad.make_dual(p, t) for p, t in zip(primals, tangents, strict=True))
+            found, spec = pytree.tree_flatten(function(*duals))
+            ends = [forward_ad.unpack_dual(one) for one in found]
+    finally:
+        eager_transforms.JVP_NESTING -= 1
+        _duals.reset(token)
+    moved = [torch.zeros_like(end.primal) if end.tangent is None else end.tangent for end in ends]
+    return pytree.tree_unflatten([end.primal for end in ends], spec), pytree.tree_unflatten(moved, spec)
+
+
+_duals: ContextVar[bool] = ContextVar("duals", default=False)  # whether `_by_duals` is under way
 _targets: ContextVar[bool] = ContextVar("targets", default=False)
 
 
@@ -134,12 +157,19 @@ def transforms() -> tuple[str, ...]:
     Kernels ask here and answer with a rule of their own.
     """
     found = tuple(level.key().name for level in torch._C._functorch.get_interpreter_stack() or ())
-    plain = torch.autograd.forward_ad._current_level >= 0 and "Jvp" not in found
+    plain = forward_ad._current_level >= 0 and (_duals.get() or "Jvp" not in found)
     return ("Jvp", *found) if plain else found
 
 
+def moves(x: Tensor) -> bool:
+    """Whether it has a tangent here, or is what torch.func wraps such tensors in."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return True
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+
+
 def unwrapped(x: Tensor) -> Tensor:
-    """Its values without what torch.func wraps them in, in their graph."""
+    """Its values without what torch.func wraps them in, in their graph. A tangent stays until its derivative ends."""
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
     return x

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from diffdistill.autodiff import jvp, transforms, unwrapped
+from diffdistill.autodiff import jvp, moves, transforms, unwrapped
 from diffdistill.distillers.base import Phase
 from diffdistill.networks.call import Ask, tensors, watching
 
@@ -96,8 +96,7 @@ class Recorder:
             leaves, spec = pytree.tree_flatten(ask.inputs)
             by_forward_mode = "Jvp" in transforms()
             moved = tuple(
-                isinstance(leaf, Tensor) and (_is_wrapped(leaf) if by_forward_mode else leaf.requires_grad)
-                for leaf in leaves
+                isinstance(leaf, Tensor) and (moves(leaf) if by_forward_mode else leaf.requires_grad) for leaf in leaves
             )
             inputs = pytree.tree_unflatten([_plain(leaf) for leaf in leaves], spec)
             found = tensors(out)
@@ -167,12 +166,8 @@ def answered(passes: Sequence[Made]) -> Iterator[None]:
         yield
 
 
-def _is_wrapped(tensor: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-
-
 def _plain(leaf: Any) -> Any:
-    """A tensor without its graph and without what forward mode wraps it in."""
+    """A tensor without its graph and without what forward mode gives it."""
     if not isinstance(leaf, Tensor):
         return leaf
     return unwrapped(unwrapped(leaf).detach())  # what is made under a transform is wrapped in it

@@ -26,7 +26,7 @@ from diffdistill.distillers.distribution_matching.f_distill import FDistill
 from diffdistill.distillers.distribution_matching.sid import SiD
 from diffdistill.distillers.guidance.agd import AGD
 from diffdistill.losses import sample_mean
-from diffdistill.process import VELOCITY, RectifiedFlow, expand
+from diffdistill.process import VELOCITY, RectifiedFlow, expand, wide
 from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
 from diffdistill.times import TimeLaw
@@ -56,7 +56,7 @@ class Draws:
         """t [B], out of as many of the law as `TABLE`."""
         if id(law) not in self._tables:
             rng = Rng(0, 0, "table", range(TABLE), self.device)
-            self._tables[id(law)] = law(rng, process, torch.promote_types(self.dtype, torch.float32))
+            self._tables[id(law)] = law(rng, process, wide(self.dtype))
         return self._tables[id(law)][torch.randint(TABLE, (self.size,), device=self.device)]
 
 

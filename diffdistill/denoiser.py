@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffdistill.autodiff import transforms
+from diffdistill.autodiff import moves, transforms
 from diffdistill.errors import UserError
 from diffdistill.networks.call import Ask, asked, current_call
 from diffdistill.networks.joined import Question, answers
@@ -252,11 +252,11 @@ class _Match:
         self._last: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+        moved = bool(transforms()) and moves(t)
         # what is made under a derivative of something else, or for inference, is of no use outside; nor is a graph
-        if t.requires_grad or t.is_inference() or torch.is_inference_mode_enabled() or (transforms() and not wrapped):
+        if t.requires_grad or t.is_inference() or torch.is_inference_mode_enabled() or (transforms() and not moved):
             return self.process.match(self.source, t)
-        version = 0 if wrapped else t._version
+        version = 0 if moved else t._version
         if self._last is None or self._last[0] is not t or self._last[1] != version:
             self._last = (t, version, self.process.match(self.source, t))
         return self._last[2]

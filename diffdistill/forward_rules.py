@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -26,26 +26,41 @@ _INPUT = [True, False, False]  # of the gradients, the input's alone
 _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def _tangent(x: Any) -> Tensor | None:
-    return forward_ad.unpack_dual(x).tangent if isinstance(x, Tensor) else None
+def _taken(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Its value and tangent. As forward_ad.unpack_dual, without its questions, which take longer than most layers."""
+    found: tuple[Tensor, Tensor | None] = torch._VF._unpack_dual(x, level=forward_ad._current_level)
+    return found
+
+
+def _given(value: Tensor, tangent: Tensor) -> Tensor:
+    """As forward_ad.make_dual."""
+    dual: Tensor = torch._VF._make_dual(value, tangent, level=forward_ad._current_level)
+    return dual
+
+
+def _dual(operand: Any) -> tuple[Any, Tensor | None]:
+    """A tensor's value and tangent; numbers and parameters, which are never made of the two, have none."""
+    if not isinstance(operand, Tensor) or type(operand) is nn.Parameter:
+        return operand, None
+    return _taken(operand)
 
 
 def _moves(*others: Any) -> bool:
     """Whether any of these has a tangent: then torch's own rule is right."""
-    return any(_tangent(x) is not None for x in others)
+    return any(_dual(x)[1] is not None for x in others)
 
 
 def layer(function: Rule) -> Rule:
     """The rule of what is linear in its input and adds a bias."""
 
     def rule(input: Tensor, weight: Tensor, bias: Tensor | None = None, *others: Any, **named: Any) -> Any:
-        x, moved = forward_ad.unpack_dual(input)
+        x, moved = _taken(input)
         if moved is None or _moves(weight, bias):
             return NotImplemented
         value = function(x, weight, bias, *others, **named)
         with torch.no_grad():
             tangent = function(moved, weight, None, *others, **named)
-        return forward_ad.make_dual(value, tangent)
+        return _given(value, tangent)
 
     return rule
 
@@ -58,7 +73,7 @@ def _left_to_torch(x: Tensor) -> bool:
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Any:
-    x, moved = forward_ad.unpack_dual(input)
+    x, moved = _taken(input)
     if moved is None or _moves(weight, bias) or _left_to_torch(x):
         return NotImplemented
     x, moved = x.contiguous(), moved.contiguous()
@@ -67,7 +82,7 @@ def _group_norm(
     with torch.no_grad():
         tangent = _backward.native_group_norm_backward(moved, x, mean, rstd, None, *sizes, _INPUT)[0]
         scaled = tangent if weight is None else tangent * weight.view(-1, *[1] * (x.ndim - 2))
-    return forward_ad.make_dual(value, scaled)
+    return _given(value, scaled)
 
 
 def _layer_norm(
@@ -77,26 +92,26 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    x, moved = forward_ad.unpack_dual(input)
+    x, moved = _taken(input)
     if moved is None or len(normalized_shape) != 1 or _moves(weight, bias) or _left_to_torch(x):
         return NotImplemented
     value, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
     with torch.no_grad():
         tangent = _backward.native_layer_norm_backward(moved, x, normalized_shape, mean, rstd, None, None, _INPUT)[0]
         scaled = tangent if weight is None else tangent * weight
-    return forward_ad.make_dual(value, scaled)
+    return _given(value, scaled)
 
 
 def _activation(function: Rule, derivative: Rule) -> Rule:
     """derivative: what the backward pass computes of a gradient and x, which is as well the product with a tangent."""
 
     def rule(input: Tensor, inplace: bool = False, **named: Any) -> Any:
-        x, moved = forward_ad.unpack_dual(input)
+        x, moved = _taken(input)
         if moved is None or inplace:
             return NotImplemented
         with torch.no_grad():
             tangent = derivative(moved, x, **named)
-        return forward_ad.make_dual(function(x, **named), tangent)
+        return _given(function(x, **named), tangent)
 
     return rule
 
@@ -105,7 +120,7 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, *others: Any, scale: float | None = None, **named: Any
 ) -> Any:
     """Without masks and dropout. Fused kernels have no rule, but their values have a graph of little memory."""
-    (q, dq), (k, dk), (v, dv) = (forward_ad.unpack_dual(x) for x in (query, key, value))
+    (q, dq), (k, dk), (v, dv) = (_taken(x) for x in (query, key, value))
     asked = [x for x in (*others, *named.values()) if isinstance(x, Tensor) or x]
     if all(moved is None for moved in (dq, dk, dv)) or asked or _left_to_torch(q):
         return NotImplemented
@@ -121,7 +136,7 @@ def _attention(
     if out is None:
         with sdpa_kernel(_FUSED):
             out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-    return forward_ad.make_dual(out, tangent)
+    return _given(out, tangent)
 
 
 def _of_one(rule: Callable[[Any, Any, Tensor | None, Tensor | None, Tensor], Tensor], function: Rule) -> Rule:
@@ -135,14 +150,12 @@ def _of_one(rule: Callable[[Any, Any, Tensor | None, Tensor | None, Tensor], Ten
             return NotImplemented
         value = function(x, y)
         with torch.no_grad():
-            tangent = rule(x, y, dx, dy, value).to(value.dtype).expand(value.shape).contiguous()
-        return forward_ad.make_dual(value, tangent)
+            tangent = rule(x, y, dx, dy, value)
+            if tangent.shape != value.shape or tangent.dtype != value.dtype:
+                tangent = tangent.to(value.dtype).expand(value.shape).contiguous()
+        return _given(value, tangent)
 
     return of_two
-
-
-def _dual(operand: Any) -> tuple[Any, Tensor | None]:
-    return forward_ad.unpack_dual(operand) if isinstance(operand, Tensor) else (operand, None)
 
 
 def _sum(x: Any, y: Any, dx: Tensor | None, dy: Tensor | None, value: Tensor) -> Tensor:
@@ -189,14 +202,14 @@ RULES: dict[Any, Rule] = {
 
 
 class Rules(TorchFunctionMode):
-    """Within the context these rules hold, where they apply: under one derivative, not under that of a derivative, for
-    which torch has no rules of what they are made of."""
+    """Within the context, that of one derivative, these rules hold, where they apply: not inside a transform of
+    torch.func there, such as another derivative, for which torch has no rules of what they are made of."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         rule = RULES.get(func)
-        if rule is not None and len(torch._C._functorch.get_interpreter_stack() or ()) == 1:
+        if rule is not None and torch._C._functorch.peek_interpreter_stack() is None:
             found = rule(*args, **(kwargs or {}))
             if found is not NotImplemented:
                 return found

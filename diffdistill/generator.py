@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser, FlowMap, SignalMap
 from diffdistill.errors import UserError, require_positive
-from diffdistill.process import NoiseProcess, expand
+from diffdistill.process import NoiseProcess, expand, wide
 from diffdistill.rng import Rng
 
 # (process, x0, x_t, t, s, eps) -> x_s: the next input from the prediction x0 at (x_t, t); eps is unit noise [B, ...]
@@ -157,8 +158,7 @@ class Generator:
             with torch.no_grad():
                 x_in, t = self._gather(z, cond, noise, index)
         x0 = self._call(x_in, t, cond, index)
-        s = [*self._grid(z)[1:], torch.full_like(t, self.student.process.t_min)]
-        s_of = torch.stack(s).gather(0, index[None])[0]
+        s_of = _times((*self.times[1:], self.student.process.t_min), t.dtype, t.device)[index]
 
         def next_input() -> Tensor:
             eps = self._noise(z, noise)
@@ -168,7 +168,7 @@ class Generator:
         return Rollout(x_in, t, x0, s_of, index, next_input)
 
     def _grid(self, z: Tensor) -> list[Tensor]:
-        dtype = torch.promote_types(z.dtype, torch.float32)
+        dtype = wide(z.dtype)
         return [torch.full((z.shape[0],), time, dtype=dtype, device=z.device) for time in self.times]
 
     def _prior(self, z: Tensor, t: Tensor) -> Tensor:
@@ -202,3 +202,9 @@ class Generator:
         x0 = self._call(x, grid[step], cond, torch.full_like(grid[step], step, dtype=torch.int64))
         eps = self._noise(z, rng)
         return self.renoise(self.student.process, x0, x, grid[step], grid[step + 1], eps)
+
+
+@functools.lru_cache(maxsize=8)  # every rollout asks for the same ones
+def _times(times: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[len(times)]; not to be written."""
+    return torch.tensor(times, dtype=dtype, device=device)

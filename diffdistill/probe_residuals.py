@@ -12,7 +12,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser, Network, unconditioned
 from diffdistill.probe_verdict import FITS, Finding
-from diffdistill.process import Kind, NoiseProcess
+from diffdistill.process import Kind, NoiseProcess, wide
 from diffdistill.readings import Inputs, ReadAs, Reading
 from diffdistill.rng import Rng
 
@@ -73,7 +73,7 @@ class Asked:
             t = process.time_at(phi)
             ratio = float(process.angle(t).tan())  # ends of its range hold it
             line = std**2 * ratio**2 / (std**2 + ratio**2)
-            self._times[key] = t.to(torch.promote_types(self.x0.dtype, torch.float32)), line
+            self._times[key] = t.to(wide(self.x0.dtype)), line
         return self._times[key]
 
     def _x0_from(self, process: NoiseProcess, kind: Kind, t: Tensor) -> tuple[float, float]:

@@ -20,11 +20,16 @@ from diffdistill.autodiff import jvp
 from diffdistill.errors import UserError, require_positive
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What times, scales and losses of states of `dtype` are computed in: float32 at least."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def expand(t: Tensor, x: Tensor) -> Tensor:
     """Per-sample values t [B] shaped to broadcast over x [B, ...], in x's dtype but at least float32."""
     if t.ndim != 1 or (t.shape[0] != x.shape[0]):
         raise ValueError(f"per-sample values must have shape [{x.shape[0]}], got {tuple(t.shape)}.")
-    return t.to(torch.promote_types(x.dtype, torch.float32)).view(-1, *[1] * (x.ndim - 1))
+    return t.to(wide(x.dtype)).view(-1, *[1] * (x.ndim - 1))
 
 
 def _held(t: Tensor, low: float, high: float) -> Tensor:
@@ -131,7 +136,7 @@ class NoiseProcess(ABC):
 
         pred, x_t: [B, ...]; t: [B]. Computed in float32 at least, in float64 if x_t is.
         """
-        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        dtype = wide(x_t.dtype)
         pred, x_t, t = pred.to(dtype), x_t.to(dtype), t.to(dtype)
         if source == target:
             return pred

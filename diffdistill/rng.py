@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,26 @@ import torch
 from torch import Tensor
 
 WORDS_PER_BLOCK = 8  # one Philox4x64 counter value gives 4 x 64 bits
+_LOW = 2**64 - 1
+
+
+class _Stream(threading.local):
+    """A Philox generator of each thread, which is sent to where a draw lies: making one takes longer than drawing."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.Philox(key=0)
+        self.state = self.generator.state
+        self.key, self.counter = self.state["state"]["key"], self.state["state"]["counter"]
+
+    def raw(self, key: int, block: int, num: int) -> np.ndarray:
+        """uint64 [num] of the stream of `key` (128 bits) from its block on."""
+        self.key[0], self.key[1] = key & _LOW, key >> 64
+        self.counter[0] = block
+        self.generator.state = self.state  # its buffer is empty: what follows is made of the counter
+        return self.generator.random_raw(num)
+
+
+_STREAM = _Stream()
 
 
 class Rng:
@@ -37,8 +58,13 @@ class Rng:
         device: torch.device | str = "cpu",
     ) -> None:
         self.seed, self.step, self.phase, self.device = seed, step, phase, torch.device(device)
-        self.ids = np.asarray(range(1) if ids is None else ids, dtype=np.int64)
-        self._runs = [self.ids] if isinstance(ids, range | None) and (ids is None or ids.step == 1) else None
+        ids = range(1) if ids is None else ids
+        self._runs: list[np.ndarray] | None = None  # of contiguous ids; None is not known yet
+        if isinstance(ids, range):
+            self.ids = np.arange(ids.start, ids.stop, ids.step, dtype=np.int64)
+            self._runs = [self.ids] if ids.step == 1 else None
+        else:
+            self.ids = np.asarray(ids, dtype=np.int64)
         self._draws = [0]  # a list: shared by reference with the views of `take`
         self._shared: Rng | None = None
 
@@ -57,6 +83,12 @@ class Rng:
         fork = Rng(self.seed, self.step, f"{self.phase}/{name}", self.ids, self.device)
         fork._runs = self._runs
         return fork
+
+    def on(self, device: torch.device | str) -> Rng:
+        """The same stream from its first draw, its numbers on another device."""
+        moved = Rng(self.seed, self.step, self.phase, self.ids, device)
+        moved._runs = self._runs
+        return moved
 
     def shared(self) -> Rng:
         """A stream with one value per draw that is equal on every rank and in every micro-batch.
@@ -139,9 +171,7 @@ class Rng:
         for run in self._runs:  # contiguous indices are one slice of the stream
             if len(run) == 0:
                 continue
-            stream = np.random.Philox(key=key)
-            stream.advance(int(run[0]) * blocks)
-            raw = stream.random_raw(len(run) * blocks * WORDS_PER_BLOCK // 2)
+            raw = _STREAM.raw(key, int(run[0]) * blocks, len(run) * blocks * WORDS_PER_BLOCK // 2)
             parts.append(raw.view(np.uint32).reshape(len(run), blocks * WORDS_PER_BLOCK)[:, :per_sample])
         if len(parts) == 1:
             return parts[0]

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from diffdistill.autodiff import transforms
 from diffdistill.networks.call import current_call
 
 ACTIVATIONS = "activations"
@@ -324,7 +325,7 @@ def remembered(network: Any, ledger: Ledger) -> None:
     def call(x: Tensor, t_net: Tensor, cond: Any) -> Tensor:
         now, grad = current_call(), torch.is_grad_enabled()
         key = (id(network), now and now.role, x.shape, x.dtype, tuple(sorted(cond)))
-        if any(block._forward_hooks for block in blocks) or torch._C._functorch.peek_interpreter_stack() is not None:
+        if any(block._forward_hooks for block in blocks) or transforms():
             return forward(x, t_net, cond)
         if grad and ledger.sketching and key in shapes:
             weight = next((weight for weight in network.parameters() if weight.requires_grad), None)

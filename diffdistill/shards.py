@@ -34,10 +34,10 @@ def part(tensor: Tensor) -> Tensor:
 def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """`part` of each."""
     module = sys.modules.get("torch.distributed.tensor")
-    if module is None:
-        return [tensor.detach() for tensor in tensors]
-    sharded = module.DTensor
-    return [t.detach().to_local() if isinstance(t, sharded) else t.detach() for t in tensors]
+    bare = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
+    if module is None or not any(isinstance(tensor, module.DTensor) for tensor in bare):
+        return bare
+    return [tensor.detach().to_local() if isinstance(tensor, module.DTensor) else tensor for tensor in bare]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -85,18 +85,19 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     in float64: the same for any number of parts, up to a last bit that almost never shows, and right to 1e-7. In
     float64 alone it took a tenth of a step of 100 M weights. What is too large for float32, `norm_in_float64` can tell.
     """
-    rows, small, others = [], [], []
-    for tensor, own in zip(tensors, parts(tensors), strict=True):  # the whole's shape decides, for all processes alike
+    own = parts(tensors)
+    if not own or own[0].device.type != "cpu":
+        return _root(tensors, _squares(own))
+    few, others = [], []  # entries and norms of rows, all short, of which one sum is made
+    for tensor, mine in zip(tensors, own, strict=True):  # the whole's shape decides, for all processes alike
         size = tensor.numel()
-        if own.device.type != "cpu":
-            others.append(own)
-        elif size < SMALL:
-            small.append(own.flatten())
+        if size < SMALL:
+            few.append(mine.flatten())
         elif tensor.ndim > 1 and tensor.dtype == torch.float32 and size <= LONGEST_ROW * len(tensor):
-            rows.append(torch.linalg.vector_norm(_as_it_lies(own).flatten(1), dim=1))
+            few.append(torch.linalg.vector_norm(_as_it_lies(mine).flatten(1), dim=1))
         else:
-            others.append(own)
-    squares = [torch.cat(some).double().square().sum() for some in (rows, small) if some]
+            others.append(mine)
+    squares = [torch.linalg.vector_norm(torch.cat(few), dtype=torch.float64).square()] if few else []
     return _root(tensors, [*squares, *_squares(others)])
 
 
@@ -123,7 +124,7 @@ def _root(tensors: Sequence[Tensor], squares: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     first = tensors[0]
-    total = squares[0] if len(squares) == 1 else torch.stack(list(squares)).sum()
+    total = sum(squares[1:], squares[0])
     if is_sharded(first):
         from torch.distributed.tensor import Shard
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError, refusing, require_positive
-from diffdistill.process import VELOCITY, VP, X0, NoiseProcess, RectifiedFlow, expand
+from diffdistill.process import VELOCITY, VP, X0, NoiseProcess, RectifiedFlow, expand, wide
 from diffdistill.rng import Rng
 
 MAX_STEPS = 10_000  # more is a slip of the keyboard
@@ -248,4 +248,4 @@ def states(denoiser: Denoiser, solver: Solver, times: tuple[float, ...], z: Tens
 
 
 def _time_dtype(z: Tensor) -> torch.dtype:
-    return torch.promote_types(z.dtype, torch.float32)
+    return wide(z.dtype)

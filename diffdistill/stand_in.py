@@ -14,6 +14,7 @@ from diffdistill.distillers.base import Batch, Pair, Trajectory
 from diffdistill.evaluation.features import Classifier
 from diffdistill.evaluation.reference import Reference
 from diffdistill.networks.families.stock import Stock
+from diffdistill.process import wide
 from diffdistill.rng import Rng
 
 COUNTS = ("mask", "label")  # conditions that are whole numbers
@@ -76,11 +77,11 @@ class Made:
 
     def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
         """As the data's, which are drawn on the CPU, with those that are needed."""
-        drawn = self.data.batch(Rng(rng.seed, rng.step, rng.phase, rng.ids), global_batch, needs, dtype)
+        drawn = self.data.batch(rng.on("cpu"), global_batch, needs, dtype)
         cond = {name: value.to(rng.device) for name, value in drawn.cond.items()}
         batch = replace(drawn, cond=cond, x0=None if drawn.x0 is None else drawn.x0.to(rng.device))
         x = torch.zeros(batch.shape, dtype=dtype, device=rng.device)
-        t = torch.ones(len(rng), dtype=torch.promote_types(dtype, torch.float32), device=rng.device)
+        t = torch.ones(len(rng), dtype=wide(dtype), device=rng.device)
         pair = Pair(x, torch.zeros_like(x), batch.cond) if "pair" in needs else None
         trajectory = Trajectory(x, t, torch.zeros_like(x), t, batch.cond) if "trajectory" in needs else None
         return replace(batch, pair=pair, trajectory=trajectory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from diffdistill import ranks
+from diffdistill import fused_step, ranks
 from diffdistill.activity import during
 from diffdistill.data import Data
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase, Transition
@@ -271,28 +272,32 @@ class Trainer:
             rng.seed_torch()  # dropout
             with accelerator.autocast():
                 loss = phase.loss(batch, rng)
-            accelerator.backward(loss.total / len(batches))
+            accelerator.backward(loss.total if len(batches) == 1 else loss.total / len(batches))
             losses.append(Loss(_detached(loss.terms), _detached(loss.stats)))
         networks.settle(phase.trains)
         norms = {role: norm(_gradients(networks, role)) for role in phase.trains}
-        if not _all_finite(losses, norms):
+        known = _numbers(losses, norms)
+        if not all(map(math.isfinite, known)):
             self._refuse(phase, batches, losses, step, networks, optimizers)
             norms = {role: _in_float64_if_too_large(total, _gradients(networks, role)) for role, total in norms.items()}
-        for role, total in norms.items():
-            self.step(role, step, networks, optimizers[role], total)
+            known = _numbers(losses, norms)
+        for (role, total), number in zip(norms.items(), known[len(losses) :], strict=True):
+            self.step(role, step, networks, optimizers[role], total, number)
         networks.update_ema(phase.trains)
         networks.zero_grad()
         return losses, norms
 
-    def step(self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer, total: Tensor) -> None:
-        """Clip and step one role. total: the norm of its gradient."""
+    def step(
+        self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer, total: Tensor, number: float
+    ) -> None:
+        """Clip and step one role. total, number: the norm of its gradient on its device, and as a number here."""
         limit = self.clip.get(role, self.clip.get("default"))
-        if limit is not None:
+        if limit is not None and number + 2e-6 > 0.999 * limit:  # else the factor would be 1
             torch._foreach_mul_(parts(_gradients(networks, role)), (limit / (total + 1e-6)).clamp(max=1.0))
         factor = self._of(self.lr, role)(step, self.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        optimizer.step()
+        fused_step.step(optimizer)
 
     def _refuse(
         self,
@@ -378,11 +383,15 @@ def _gradients(networks: Networks, role: str) -> list[Tensor]:
     return [weight.grad for weight in networks.weights(role) if weight.grad is not None]
 
 
-def _all_finite(losses: Sequence[Loss], norms: Mapping[str, Tensor]) -> bool:
-    """Whether all losses and gradients are, on every process."""
-    totals = [loss.total for loss in losses]
-    flags = [torch.isfinite(figure).to(totals[0].device) for figure in (*totals, *norms.values())]
-    return not ranks.any_of(not torch.stack(flags).all())
+def _numbers(losses: Sequence[Loss], norms: Mapping[str, Tensor]) -> list[float]:
+    """Losses and norms, by one wait for the device. Where any process has one that is not finite, all have nan."""
+    figures = [*(loss.total for loss in losses), *norms.values()]
+    device = figures[0].device
+    if device.type == "cpu":
+        found = [float(figure) for figure in figures]
+    else:
+        found = torch.stack([figure.to(device, torch.float64) for figure in figures]).tolist()
+    return [math.nan] * len(found) if ranks.any_of(not all(map(math.isfinite, found))) else found
 
 
 def _in_float64_if_too_large(total: Tensor, gradients: list[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from diffdistill.distillers.base import Batch, Trajectory
 from diffdistill.distillers.guidance.scales import UniformScale, guided_by
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.generator import constant_inputs
-from diffdistill.process import expand
+from diffdistill.process import expand, wide
 from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
 
@@ -112,7 +112,7 @@ class TrajectorySource:
         parts = [self._run(recipe, Rng(self.seed, 0, "trajectories", part, recipe.networks.device)) for part in shown]
         x_t, target, w = (torch.cat(found) for found in zip(*(part[:3] for part in parts), strict=True))
         cond = {name: torch.cat([part[3][name] for part in parts]) for name in parts[0][3]}
-        t = torch.tensor(self._times(recipe)[:-1], dtype=torch.promote_types(x_t.dtype, torch.float32))
+        t = torch.tensor(self._times(recipe)[:-1], dtype=wide(x_t.dtype))
         return Trajectories(x_t, target, t, w, cond, time.process_time() - started, reused=False)
 
     def _run(self, recipe: Recipe, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Mapping[str, Tensor]]:
@@ -120,7 +120,7 @@ class TrajectorySource:
         data, networks = recipe.data, recipe.networks
         cond = data.conditions(rng.fork("conditions"))
         z = rng.fork("prior").normal((len(rng), *data.shape), networks.dtype)
-        dtype = torch.promote_types(z.dtype, torch.float32)
+        dtype = wide(z.dtype)
         w = self.scales(rng.fork("scale"), dtype)
         teacher = networks["teacher"].guided(None) if self._plain else guided_by(networks, "teacher", w)
         grid = [torch.full((len(rng),), time, dtype=dtype, device=z.device) for time in self._times(recipe)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from diffdistill import UserError
-from diffdistill.autodiff import CentralDifference, Exact, jvp, transforms
+from diffdistill.autodiff import CentralDifference, Exact, jvp, moves, transforms
 
 
 @pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
@@ -73,5 +75,67 @@ def test_derivatives_in_progress_are_told_outermost_first() -> None:
     torch.func.grad(lambda x: torch.func.jvp(noting, (x,), (x,))[1])(x)
     with torch.autograd.forward_ad.dual_level():
         noting(x)
+    jvp(lambda x: jvp(noting, (x,), (x,))[1], (x,), (x,))
     noting(x)
-    assert seen == [(), ("Jvp",), ("Grad",), ("Grad", "Jvp"), ("Jvp",), ()]
+    assert seen == [(), ("Jvp",), ("Grad",), ("Grad", "Jvp"), ("Jvp",), ("Jvp", "Jvp"), ()]
+
+
+def test_derivatives_of_derivatives() -> None:
+    """Of x sin x: the first to the third, each taken of the one before."""
+    x = torch.linspace(-2, 3, 7, dtype=torch.float64)
+
+    def slope(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: jvp(function, (x,), (torch.ones_like(x),))[1]
+
+    first = slope(lambda x: x * torch.sin(x))
+    second = slope(first)
+    third = slope(second)
+    torch.testing.assert_close(first(x), torch.sin(x) + x * torch.cos(x))
+    torch.testing.assert_close(second(x), 2 * torch.cos(x) - x * torch.sin(x))
+    torch.testing.assert_close(third(x), -3 * torch.sin(x) - x * torch.cos(x))
+
+
+def test_a_derivative_around_torch_s_transforms_and_inside_them() -> None:
+    x = torch.linspace(-2, 3, 7, dtype=torch.float64)
+    inner = torch.func.vmap(lambda x: jvp(torch.sin, (x,), (torch.ones_like(x),))[1])(x)
+    torch.testing.assert_close(inner, torch.cos(x))
+    value, tangent = jvp(torch.func.grad(lambda x: torch.sin(x).sum()), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(value, torch.cos(x))
+    torch.testing.assert_close(tangent, -torch.sin(x))
+
+
+def test_what_does_not_move_has_a_derivative_of_zero_and_structures_stay() -> None:
+    x = torch.ones(3)
+    (a, (b, c)), (da, (db, dc)) = jvp(lambda x: (2 * x, (x.detach() * 0 + 5, torch.arange(3.0))), (x,), (x,))
+    assert torch.equal(a, 2 * x) and torch.equal(da, 2 * x)
+    assert torch.equal(b, 5 * x) and torch.equal(c, torch.arange(3.0)) and torch.equal(dc, 0 * x)
+    assert torch.equal(db, 0 * x)
+
+
+def test_nothing_carries_a_tangent_afterwards() -> None:
+    kept: list[Tensor] = []
+    weight = torch.tensor(3.0, requires_grad=True)
+
+    def keeping(x: Tensor) -> Tensor:
+        kept.extend((x, weight * x))
+        return kept[-1] * x
+
+    x = torch.ones(3)
+    value, tangent = jvp(keeping, (x,), (x,), graph=True)
+    assert value.requires_grad and not tangent.requires_grad
+    assert not any(moves(one) for one in (*kept, value, tangent))
+    with torch.autograd.forward_ad.dual_level():
+        assert not any(moves(one) for one in (*kept, value, tangent))
+
+
+def test_after_a_failure_derivatives_are_taken_as_before() -> None:
+    x = torch.ones(3)
+
+    def failing(x: Tensor) -> Tensor:
+        raise RuntimeError("as planned")
+
+    with pytest.raises(RuntimeError, match="as planned"):
+        jvp(failing, (x,), (x,))
+    assert transforms() == ()
+    assert torch.equal(jvp(torch.square, (x,), (x,))[1], 2 * x)
+    assert torch.equal(torch.func.jvp(torch.square, (x,), (x,))[1], 2 * x)

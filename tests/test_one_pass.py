@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from diffdistill.autodiff import CentralDifference, Exact, jvp
+from diffdistill.autodiff import CentralDifference, Exact, jvp, moves
 from diffdistill.config import compose
 from diffdistill.networks.attention import Sdpa
 from diffdistill.networks.call import recorded_passes, seen_calls
@@ -20,7 +20,7 @@ SMALL = ("trainer.batch_size=4", "evaluation=none", "run_dir=none", "stages={}",
 LORA = ("roles.student=lora", "lora.rank=2")
 
 
-def loss_and_gradients(recipe: Any, one_pass: bool) -> tuple[Tensor, list[Tensor]]:
+def the_loss(recipe: Any, one_pass: bool) -> Tensor:
     """Of the student's phase on one batch, one step into training, with the passes that a run would make."""
     networks = recipe.networks
     networks.checkpointed = not one_pass
@@ -29,9 +29,15 @@ def loss_and_gradients(recipe: Any, one_pass: bool) -> tuple[Tensor, list[Tensor
     rng = Rng(1, 3, "student", range(4))
     batch = recipe.data.batch(Rng(1, 0, "data", range(4)), 4, recipe.needs, networks.dtype)
     rng.seed_torch()
-    loss = recipe.distiller.phases(3)[0].loss(batch, rng).total
+    loss: Tensor = recipe.distiller.phases(3)[0].loss(batch, rng).total
+    return loss
+
+
+def loss_and_gradients(recipe: Any, one_pass: bool) -> tuple[Tensor, list[Tensor]]:
+    loss = the_loss(recipe, one_pass)
     loss.backward()
-    return loss.detach(), [w.grad.clone() for w in networks.weights("student") if w.grad is not None]
+    weights = recipe.networks.weights("student")
+    return loss.detach(), [weight.grad.clone() for weight in weights if weight.grad is not None]
 
 
 def shaken(recipe: Any) -> Any:
@@ -88,14 +94,19 @@ def test_checkpointing_keeps_the_passes_apart() -> None:
     assert networks.one_pass
 
 
-def test_a_call_that_gives_both_is_seen_with_its_graph() -> None:
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_the_call_with_the_gradient_is_seen_with_its_graph(one_pass: bool) -> None:
     settings = compose("train", ["experiment=digits_scm", *SMALL])
     recipe = assemble({str(key): settings[key] for key in settings})
+    reached: list[float] = []
     with seen_calls() as calls:
-        loss_and_gradients(recipe, True)
+        loss = the_loss(recipe, one_pass)
     (call,) = [call for call in calls if call.role == "student"]
     assert call.out.requires_grad and call.x.shape == call.out.shape and call.t.shape == (4,)
-    assert not torch._C._functorch.is_functorch_wrapped_tensor(call.x + call.out)
+    assert not moves(call.x + call.out)
+    call.out.register_hook(lambda gradient: reached.append(float(gradient.abs().max())))
+    loss.backward()
+    assert len(reached) == 1 and reached[0] > 0
 
 
 def layers() -> torch.nn.Module:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from diffdistill.rng import Rng
+from diffdistill.rng import _STREAM, Rng
 
 
 def ids(rank, world, micro_batch, batch):
@@ -245,3 +247,27 @@ def test_the_dropout_seed_differs_between_steps_phases_and_micro_batches():
 def test_a_draw_of_another_batch_size_is_refused():
     with pytest.raises(ValueError, match=r"shape\[0\] == 4 samples, got \(5, 2\)"):
         Rng(0, 0, "p", range(4)).normal((5, 2))
+
+
+@pytest.mark.parametrize("key", [0, 1, 2**64, 2**64 + 5, 2**128 - 1])
+def test_the_stream_is_philox_s_from_any_block_on(key):
+    for block, num in ((0, 4), (3, 8), (2**40, 1024)):
+        wanted = np.random.Philox(key=key)
+        wanted.advance(block)
+        assert np.array_equal(_STREAM.raw(key, block, num), wanted.random_raw(num))
+
+
+def test_threads_do_not_disturb_each_other():
+    def many(seed):
+        return [Rng(seed, step, "p", range(100)).normal((100, 3)) for step in range(200)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for seed, found in enumerate(pool.map(many, range(4))):
+            assert all(torch.equal(one, other) for one, other in zip(found, many(seed), strict=True))
+
+
+def test_the_same_stream_on_another_device_begins_anew():
+    rng = Rng(3, 2, "p", range(4, 9))
+    first = rng.normal((5, 2))
+    assert torch.equal(rng.on("cpu").normal((5, 2)), first)
+    assert rng.on("meta").device.type == "meta"

@@ -17,6 +17,7 @@ from diffdistill.errors import UserError
 from diffdistill.networks.roles import Role
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.rng import Rng
+from diffdistill.shards import norm
 from diffdistill.trainer import ConstantLR, CosineLR, NonFiniteError, Progress, Trainer
 from diffdistill.training_state import TrainingState
 
@@ -82,6 +83,30 @@ def test_clipping_bounds_the_update_and_is_per_role() -> None:
     _, norms = trainer.update(phase, batches, 0, recipe.networks, optimizers, Accelerator())
     assert float(norms["student"]) > 0.01
     assert float((student(recipe) - before).norm()) == pytest.approx(0.001, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "size"), [(1.0, 0.3), (1.0, 0.9985), (1.0, 0.9999995), (1.0, 2.0), (1e-6, 9e-7), (1e-6, 1e-9)]
+)
+def test_gradients_are_clipped_as_torch_does_it(limit: float, size: float) -> None:
+    recipe = gauss_recipe("dmd2")
+    sgd = "{_target_:torch.optim.SGD,_partial_:true,lr:1.0}"
+    trainer = trainer_of(f"+trainer.optimizer.student={sgd}", f"+trainer.clip.student={limit}")
+    optimizer = trainer.prepare(recipe.networks)["student"]
+    weights = recipe.networks.weights("student")
+    for index, weight in enumerate(weights):
+        weight.data.zero_()
+        weight.grad = torch.full_like(weight, size * (index + 1) / 3)
+    wanted = [weight.grad.clone() for weight in weights if weight.grad is not None]
+    total = norm(wanted)
+    trainer.step("student", 0, recipe.networks, optimizer, total, float(total))
+    copies = [torch.nn.Parameter(torch.zeros_like(weight)) for weight in weights]
+    for one, gradient in zip(copies, wanted, strict=True):
+        one.grad = gradient
+    torch.nn.utils.clip_grad_norm_(copies, limit)
+    for one, weight in zip(copies, weights, strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(weight, -one.grad, rtol=1e-6, atol=0)
 
 
 def test_logging_saving_and_evaluating_come_when_due() -> None:

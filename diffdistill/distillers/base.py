@@ -64,7 +64,8 @@ class Loss:
 
     @property
     def total(self) -> Tensor:
-        return sum(self.terms.values())  # type: ignore[return-value]
+        first, *others = self.terms.values()
+        return sum(others, first)
 
 
 @dataclass(frozen=True)

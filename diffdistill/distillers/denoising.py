@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from diffdistill import losses
 from diffdistill.condition import dropped
 from diffdistill.denoiser import Denoiser
 from diffdistill.distillers.base import Batch, Distiller, Loss, Phase
 from diffdistill.errors import UserError
 from diffdistill.networks.roles import Networks, Role
+from diffdistill.process import wide
 from diffdistill.rng import Rng
 from diffdistill.solvers import OdeSampler
 from diffdistill.times import TimeLaw
@@ -60,7 +59,7 @@ class Denoising(Distiller):
         assert batch.x0 is not None
         rng = rng.fork("Denoising")
         student = self.networks["student"]
-        t = self.time_law(rng, student.process, torch.promote_types(batch.x0.dtype, torch.float32))
+        t = self.time_law(rng, student.process, wide(batch.x0.dtype))
         eps = rng.normal(batch.shape, batch.x0.dtype)
         cond = dropped(batch.cond, self.networks.teacher.null, self.null_share, rng)
         loss = losses.denoising(student, batch.x0, eps, t, cond, self.weight)

@@ -17,6 +17,7 @@ from torch import Tensor
 from diffdistill.data import Data
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.evaluation.prdc import exact_distances, neighbour_distances
+from diffdistill.process import wide
 from diffdistill.recipe import Recipe
 from diffdistill.rng import Rng
 from diffdistill.solvers import Sampler
@@ -196,7 +197,7 @@ def heeded(denoiser: Denoiser, x0: Tensor, cond: Cond, other: Cond, std: float, 
     gains, apart, own, line = [], [], [], 0.0
     for index, level in enumerate(LEVELS):
         t = process.time_at(torch.full((len(x0),), math.atan(level * std), dtype=torch.float64)).to(
-            device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32)
+            device=x0.device, dtype=wide(x0.dtype)
         )
         x_t = process.add_noise(x0, rng.fork(f"level {index}").normal(tuple(x0.shape), x0.dtype), t)
         ours, theirs = denoiser(x_t, t, cond), denoiser(x_t, t, other)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from diffdistill.autodiff import transforms, unwrapped
+from diffdistill.autodiff import moves, transforms, unwrapped
 from diffdistill.errors import UserError
 
 
@@ -218,14 +218,14 @@ class Seen(State):
 @contextmanager
 def seen_calls() -> Iterator[list[Seen]]:
     """Within the context every whole network call is kept in the yielded list, activations and all, but those without
-    a graph under a transform of torch.func. Questions that shared a call are listed one by one."""
+    a graph that are part of a derivative. Questions that shared a call are listed one by one."""
     kept: list[Seen] = []
 
     def keep(ask: Ask, answer: Callable[[], Any]) -> Any:
         out = answer()
         for state, one in zip(ask.states, tensors(out) if ask.states else (), strict=True):
             bare = unwrapped(one)
-            if bare is one or bare.requires_grad:
+            if bare.requires_grad or not moves(one):
                 cond = {key: unwrapped(value) for key, value in state.cond.items()}
                 kept.append(Seen(state.role, state.network, unwrapped(state.x), unwrapped(state.t), cond, bare))
         return out

@@ -19,6 +19,7 @@ from diffdistill.errors import UserError, require_positive
 from diffdistill.networks.call import current_call
 from diffdistill.networks.inputs import EmbeddingWithInputs
 from diffdistill.networks.tamed import TamedLinear
+from diffdistill.process import wide
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class LoraLayer(nn.Module):
             up = nn.Linear(spec.rank, base.out_features, bias=False, device=device)
         nn.init.zeros_(up.weight)
         # adapters train in float32, or wider where the base is
-        dtype = torch.promote_types(base.weight.dtype, torch.float32)
+        dtype = wide(base.weight.dtype)
         self.down[role], self.up[role] = down.to(dtype), up.to(dtype)
         self.scales[role] = spec.alpha / spec.rank
 

@@ -27,6 +27,7 @@ from diffdistill.distillers.guidance.scales import UniformScale, check_scale, sa
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator, Renoise
 from diffdistill.networks.roles import Networks, Role
+from diffdistill.process import wide
 from diffdistill.rng import Rng
 from diffdistill.times import TimeLaw
 
@@ -112,7 +113,7 @@ class LADD(Distiller):
         """f(x_t, t) of noised data, with gradient, [B, *shape]."""
         assert batch.x0 is not None
         process, x0 = self.networks["student"].process, batch.x0
-        dtype = torch.promote_types(x0.dtype, torch.float32)
+        dtype = wide(x0.dtype)
         t = self.law(rng, process, dtype)
         first = rng.uniform((len(rng),), dtype) < self.at_start
         t = torch.where(first, torch.full_like(t, process.t_max), t)
@@ -123,6 +124,6 @@ class LADD(Distiller):
     def _logit(self, x0: Tensor, cond: Cond, rng: Rng) -> Tensor:
         """Logit [B] of x0 noised to a fresh time."""
         view = self.networks["target"]
-        s = self.gan_law(rng, view.process, torch.promote_types(x0.dtype, torch.float32))
+        s = self.gan_law(rng, view.process, wide(x0.dtype))
         x_s = view.process.add_noise(x0, rng.normal(tuple(x0.shape), x0.dtype), s)
         return logit(self.networks["discriminator"], view, x_s, s, cond)

@@ -24,6 +24,7 @@ from diffdistill.errors import UserError
 from diffdistill.generator import Generator, Renoise, checked_prior
 from diffdistill.losses import Distance
 from diffdistill.networks.roles import Networks, Role
+from diffdistill.process import wide
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid, Solver
 
@@ -89,7 +90,7 @@ class Consistency(Distiller):
         rng = rng.fork(type(self).__name__)
         process, x0 = self.networks["student"].process, batch.x0
         t64, r64 = self.pairs(rng, process)
-        t, r = (time.to(torch.promote_types(x0.dtype, torch.float32)) for time in (t64, r64))
+        t, r = (time.to(wide(x0.dtype)) for time in (t64, r64))
         eps = rng.normal(batch.shape, x0.dtype)
         x_t = process.add_noise(x0, eps, t)
         with torch.no_grad():

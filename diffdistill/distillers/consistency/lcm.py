@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.distillers.base import Batch
 from diffdistill.distillers.consistency.consistency import Consistency
@@ -24,6 +22,7 @@ from diffdistill.distillers.guidance.scales import UniformScale, guided_by, samp
 from diffdistill.generator import Renoise
 from diffdistill.losses import Distance
 from diffdistill.networks.roles import Networks, Role
+from diffdistill.process import wide
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid, Solver
 
@@ -67,7 +66,7 @@ class LCM(Consistency):
     def teacher(self, batch: Batch, rng: Rng) -> tuple[Denoiser, Cond]:
         if self.scales is None:
             return super().teacher(batch, rng)
-        w = self.scales(rng, torch.promote_types(self.networks.dtype, torch.float32))
+        w = self.scales(rng, wide(self.networks.dtype))
         return guided_by(self.networks, "target", w), {**batch.cond, "w": w}
 
     def sampled(self, student: Denoiser) -> Denoiser:

@@ -26,7 +26,7 @@ from diffdistill.distillers.consistency.scm import held
 from diffdistill.errors import UserError, require_positive
 from diffdistill.generator import Generator, Renoise
 from diffdistill.networks.roles import Networks, Role
-from diffdistill.process import VELOCITY, RectifiedFlow, expand
+from diffdistill.process import VELOCITY, RectifiedFlow, expand, wide
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid
 from diffdistill.times import TimeLaw
@@ -103,7 +103,7 @@ class MeanFlow(Distiller):
         rng, flow = rng.fork("MeanFlow"), RectifiedFlow()
         student = FlowMap(self.networks["student"].under(flow), "average")
         target, x0 = self.networks["target"].under(flow), batch.x0
-        t, s = self._pair(rng, student, torch.promote_types(x0.dtype, torch.float32))
+        t, s = self._pair(rng, student, wide(x0.dtype))
         x_t = student.process.add_noise(x0, rng.normal(batch.shape, x0.dtype), t)
         with torch.no_grad():
             velocity = target.predict(x_t, t, batch.cond, VELOCITY)

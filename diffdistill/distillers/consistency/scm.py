@@ -29,7 +29,7 @@ from diffdistill.errors import UserError, require_at_least, require_positive
 from diffdistill.generator import Generator, Renoise
 from diffdistill.losses import sample_mean
 from diffdistill.networks.roles import Networks, Role
-from diffdistill.process import VELOCITY, NoiseProcess, Trig, expand
+from diffdistill.process import VELOCITY, NoiseProcess, Trig, expand, wide
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid
 from diffdistill.times import TimeLaw
@@ -166,7 +166,7 @@ class ContinuousConsistency(Distiller):
         trig = Trig(sigma_data=self.sigma_data)
         if self.scales is None:
             return self.networks["target"].under(trig), batch.cond
-        w = self.scales(rng.fork("scale"), torch.promote_types(self.networks.dtype, torch.float32))
+        w = self.scales(rng.fork("scale"), wide(self.networks.dtype))
         return guided_by(self.networks, "target", w).under(trig), {**batch.cond, "w": w}
 
 
@@ -210,7 +210,7 @@ class SCM(ContinuousConsistency):
     def states(self, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Cond]:
         assert batch.x0 is not None
         process, x0 = self.student.process, batch.x0
-        t = held(self.law(rng, process, torch.promote_types(x0.dtype, torch.float32)), process, self.room)
+        t = held(self.law(rng, process, wide(x0.dtype)), process, self.room)
         eps = rng.normal(batch.shape, x0.dtype)
         x_t = process.add_noise(x0, eps, t)
         if self.velocity == "teacher":

@@ -26,7 +26,7 @@ from diffdistill.distillers.guidance.scales import UniformScale
 from diffdistill.errors import UserError
 from diffdistill.generator import Renoise
 from diffdistill.networks.roles import Networks
-from diffdistill.process import VELOCITY, X0
+from diffdistill.process import VELOCITY, X0, wide
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid
 
@@ -82,7 +82,7 @@ class TBCM(ContinuousConsistency):
 
     def _times(self, rng: Rng, noise: Tensor) -> list[Tensor]:
         """t_max, then one time per interval of the reference grid, [B] each."""
-        process, dtype = self.student.process, torch.promote_types(noise.dtype, torch.float32)
+        process, dtype = self.student.process, wide(noise.dtype)
         grid = torch.tensor(self.grid(process, self.points), dtype=dtype, device=noise.device)[:-1]
         share = rng.uniform((len(rng), self.points - 1), dtype)
         drawn = grid[1:] + share * (grid[:-1] - grid[1:])

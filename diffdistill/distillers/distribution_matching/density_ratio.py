@@ -12,7 +12,7 @@ from torch import Tensor
 from diffdistill.denoiser import Cond, Denoiser
 from diffdistill.errors import UserError
 from diffdistill.networks.roles import Networks
-from diffdistill.process import NoiseProcess
+from diffdistill.process import NoiseProcess, wide
 
 # (target, fake_score, x_t, t, cond) -> log r [B]: a ratio that is known, for closed-form networks
 KnownLogRatio = Callable[[Denoiser, Denoiser, Tensor, Tensor, Cond], Tensor]
@@ -32,7 +32,7 @@ class Clamp:
 
     def __call__(self, log_ratio: Tensor) -> Tensor:
         """r from log r, [B], at least float32."""
-        log_ratio = log_ratio.to(torch.promote_types(log_ratio.dtype, torch.float32))
+        log_ratio = log_ratio.to(wide(log_ratio.dtype))
         return log_ratio.exp().clamp(self.low, self.high)
 
 

@@ -16,6 +16,7 @@ from diffdistill.distillers.distribution_matching.weights import SampleWeight
 from diffdistill.errors import UserError
 from diffdistill.generator import Generator, Renoise, Rollout, Until
 from diffdistill.networks.roles import Networks, Role
+from diffdistill.process import wide
 from diffdistill.rng import Rng
 from diffdistill.times import TimeLaw
 
@@ -117,7 +118,7 @@ class DistributionMatching(Distiller):
     def noise(self, law: TimeLaw | None, x0: Tensor, rng: Rng) -> tuple[Tensor, Tensor]:
         """t [B] from `law` and unit noise shaped like x0."""
         assert law is not None
-        t = law(rng, self.target.process, torch.promote_types(x0.dtype, torch.float32))
+        t = law(rng, self.target.process, wide(x0.dtype))
         return t, rng.normal(tuple(x0.shape), x0.dtype)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

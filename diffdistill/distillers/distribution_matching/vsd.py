@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from diffdistill import losses
@@ -33,6 +32,7 @@ from diffdistill.distillers.guidance.scales import UniformScale, guided_by
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.generator import Renoise, Until
 from diffdistill.networks.roles import Networks, Role
+from diffdistill.process import wide
 from diffdistill.rng import Rng
 from diffdistill.times import TimeLaw
 
@@ -104,7 +104,7 @@ class VSD(DistributionMatching):
         """Teacher and fake score under one guidance."""
         if self.scales is None:
             return self.target, self.fake_score
-        w = self.scales(rng.fork("scales"), torch.promote_types(self.networks.dtype, torch.float32))
+        w = self.scales(rng.fork("scales"), wide(self.networks.dtype))
         return guided_by(self.networks, "target", w), guided_by(self.networks, "fake_score", w)
 
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from diffdistill import losses
-from diffdistill.process import NoiseProcess
+from diffdistill.process import NoiseProcess, wide
 
 # (x0, D_target, t, process) -> [B], detached
 SampleWeight = Callable[[Tensor, Tensor, Tensor, NoiseProcess], Tensor]
@@ -26,7 +26,7 @@ def unit(x0: Tensor, d_target: Tensor, t: Tensor, process: NoiseProcess) -> Tens
 
 def inverse_omega(x0: Tensor, d_target: Tensor, t: Tensor, process: NoiseProcess) -> Tensor:
     """1 / mean|x0 - D_target| per sample, floored at 1e-5 (DMD, arXiv:2311.18828, eq. 8)."""
-    omega = losses.sample_mean((x0 - d_target).detach().abs().to(torch.promote_types(x0.dtype, torch.float32)))
+    omega = losses.sample_mean((x0 - d_target).detach().abs().to(wide(x0.dtype)))
     return 1 / omega.clamp(min=1e-5)
 
 

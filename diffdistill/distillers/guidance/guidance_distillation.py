@@ -22,6 +22,7 @@ from diffdistill.distillers.base import Batch, Distiller, Loss, Phase
 from diffdistill.distillers.guidance.scales import UniformScale, guided_by, sampled
 from diffdistill.errors import require_at_least
 from diffdistill.networks.roles import Networks, Role
+from diffdistill.process import wide
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid, OdeSampler, Solver, ode_sampler
 from diffdistill.times import TimeLaw
@@ -72,7 +73,7 @@ class GuidanceDistillation(Distiller):
     def student_loss(self, batch: Batch, rng: Rng) -> Loss:
         assert batch.x0 is not None
         rng, student, x0 = rng.fork("GuidanceDistillation"), self.networks["student"], batch.x0
-        process, dtype = student.process, torch.promote_types(x0.dtype, torch.float32)
+        process, dtype = student.process, wide(x0.dtype)
         t = self.law(rng, process, dtype)
         x_t = process.add_noise(x0, rng.normal(batch.shape, x0.dtype), t)
         target, cond = self.networks["target"], batch.cond

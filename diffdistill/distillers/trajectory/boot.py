@@ -27,7 +27,7 @@ from diffdistill.errors import require_at_least
 from diffdistill.generator import Generator
 from diffdistill.losses import sample_mean
 from diffdistill.networks.roles import Networks, Role
-from diffdistill.process import NoiseProcess, expand
+from diffdistill.process import NoiseProcess, expand, wide
 from diffdistill.rng import Rng
 
 
@@ -65,7 +65,7 @@ class Boot(Distiller):
         process, target = self._map.process, self.networks["target"]
         t64, s64 = self.pairs(rng, process)
         z = rng.normal(batch.shape, self.networks.dtype)
-        dtype = torch.promote_types(z.dtype, torch.float32)
+        dtype = wide(z.dtype)
         t, s, kappa = (value.to(dtype) for value in (t64, s64, signal_step(process, t64, s64)))
         with torch.no_grad():
             with rng.dropout():

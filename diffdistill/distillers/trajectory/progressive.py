@@ -26,7 +26,7 @@ from diffdistill.distillers.base import Batch, Cond, Distiller, Loss, Phase, Tra
 from diffdistill.errors import UserError, require_at_least
 from diffdistill.generator import Generator, ddim
 from diffdistill.networks.roles import Networks, Role
-from diffdistill.process import NoiseProcess, expand
+from diffdistill.process import NoiseProcess, expand, wide
 from diffdistill.rng import Rng
 from diffdistill.solvers import Grid
 from diffdistill.solvers import ddim as ddim_step
@@ -105,9 +105,7 @@ class Progressive(Distiller):
         rng, student = rng.fork("Progressive"), self.networks["student"]
         process, x0 = student.process, batch.x0
         count = self.num_steps[self._stage(rng.step)]
-        fine = torch.tensor(
-            self._times(2 * count), device=x0.device, dtype=torch.promote_types(x0.dtype, torch.float32)
-        )
+        fine = torch.tensor(self._times(2 * count), device=x0.device, dtype=wide(x0.dtype))
         index = 2 * rng.integers(count, (len(rng),))
         t, m, s = fine[index], fine[index + 1], fine[index + 2]
         x_t = process.add_noise(x0, rng.normal(batch.shape, x0.dtype), t)
