@@ -111,7 +111,7 @@ def jvp(
     where `Rules` has none either.
     """
     _load_forward_rules()
-    mended = contextlib.nullcontext() if torch.__version__ >= "2.14" else _ContiguousGroupNorm()
+    mended = _ContiguousGroupNorm() if _MENDED else contextlib.nullcontext()
     token = _targets.set(graph)
     taken, rules = (torch.func.jvp, contextlib.nullcontext()) if transforms() else (_by_duals, Rules())
     try:
@@ -186,6 +186,9 @@ def _load_forward_rules() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         torch.func.jvp(torch.sin, (torch.zeros(1),), (torch.ones(1),))
+
+
+_MENDED = torch.__version__ < "2.14"  # asked once: it takes as long as a small layer
 
 
 class _ContiguousGroupNorm(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -215,8 +216,14 @@ class Mixture2D:
         return {"label": torch.full_like(modes["label"], self.num_modes)} if self.unconditional else modes
 
     def _draw(self, rng: Rng, labels: Tensor, dtype: torch.dtype) -> Tensor:
-        centres = torch.tensor(circle(self.num_modes, self.radius), dtype=dtype, device=rng.device)
+        centres = _circle(self.num_modes, self.radius, dtype, rng.device)
         return centres[labels] + self.std * rng.normal((len(rng), 2), dtype)
+
+
+@functools.lru_cache(maxsize=8)  # every batch asks for the same one
+def _circle(num_modes: int, radius: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[num_modes, 2]; not to be written."""
+    return torch.tensor(circle(num_modes, radius), dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)

@@ -108,6 +108,7 @@ class Denoiser:
     guidance: Guidance | None = None
     inputs: tuple[tuple[str, float], ...] = ()
     together: bool = False
+    _under: list[tuple[NoiseProcess, Denoiser]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def process(self) -> NoiseProcess:
@@ -144,6 +145,11 @@ class Denoiser:
 
         The kind stays: its row is taken in the source process at the source time, where x0 and eps are the same.
         """
+        if not self._under or self._under[0][0] != process:  # methods ask for the same one at every step
+            self._under[:] = [(process, self._changed_to(process))]
+        return self._under[0][1]
+
+    def _changed_to(self, process: NoiseProcess) -> Denoiser:
         network = _Changed(self.network, process.clipped_to(self.process))
         guidance = self.guidance
         if guidance is not None and guidance.interval is not None:

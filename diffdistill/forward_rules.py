@@ -9,12 +9,13 @@ have none: they are targets.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -26,16 +27,10 @@ _INPUT = [True, False, False]  # of the gradients, the input's alone
 _FUSED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def _taken(x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Its value and tangent. As forward_ad.unpack_dual, without its questions, which take longer than most layers."""
-    found: tuple[Tensor, Tensor | None] = torch._VF._unpack_dual(x, level=forward_ad._current_level)
-    return found
-
-
-def _given(value: Tensor, tangent: Tensor) -> Tensor:
-    """As forward_ad.make_dual."""
-    dual: Tensor = torch._VF._make_dual(value, tangent, level=forward_ad._current_level)
-    return dual
+# value and tangent of a tensor, and a tensor of the two: what forward_ad.unpack_dual and make_dual come to at the one
+# level there is, without their questions, which take longer than most layers
+_taken: Callable[[Tensor], tuple[Tensor, Tensor | None]] = partial(torch._VF._unpack_dual, level=0)
+_given: Callable[[Tensor, Tensor], Tensor] = partial(torch._VF._make_dual, level=0)
 
 
 def _dual(operand: Any) -> tuple[Any, Tensor | None]:
@@ -149,7 +144,8 @@ def _of_one(rule: Callable[[Any, Any, Tensor | None, Tensor | None, Tensor], Ten
         if (dx is None) == (dy is None):
             return NotImplemented
         value = function(x, y)
-        with torch.no_grad():
+        graph = any(one is not None and one.requires_grad for one in (value, dx, dy))
+        with torch.no_grad() if graph else nullcontext():  # entering the former is half of such an operation
             tangent = rule(x, y, dx, dy, value)
             if tangent.shape != value.shape or tangent.dtype != value.dtype:
                 tangent = tangent.to(value.dtype).expand(value.shape).contiguous()

@@ -46,7 +46,7 @@ def fixed(process: NoiseProcess, x0: Tensor, x_t: Tensor, t: Tensor, s: Tensor, 
 
 def shared_step(rng: Rng, num_steps: int, batch: int) -> int:
     """One uniform k for the whole global batch, equal on all ranks."""
-    return int(rng.shared().integers(num_steps, (1,)))
+    return int(rng.shared().integers(num_steps, (1,))) if num_steps > 1 else 0
 
 
 def per_sample_step(rng: Rng, num_steps: int, batch: int) -> Tensor:

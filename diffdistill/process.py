@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffdistill.autodiff import jvp
+from diffdistill.autodiff import jvp, transforms
 from diffdistill.errors import UserError, require_positive
 
 
@@ -27,14 +27,16 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def expand(t: Tensor, x: Tensor) -> Tensor:
     """Per-sample values t [B] shaped to broadcast over x [B, ...], in x's dtype but at least float32."""
-    if t.ndim != 1 or (t.shape[0] != x.shape[0]):
-        raise ValueError(f"per-sample values must have shape [{x.shape[0]}], got {tuple(t.shape)}.")
-    return t.to(wide(x.dtype)).view(-1, *[1] * (x.ndim - 1))
+    own, shape = t.shape, x.shape
+    if len(own) != 1 or own[0] != shape[0]:
+        raise ValueError(f"per-sample values must have shape [{shape[0]}], got {tuple(own)}.")
+    return t.to(wide(x.dtype)).view(-1, *[1] * (len(shape) - 1))
 
 
 def _held(t: Tensor, low: float, high: float) -> Tensor:
     """t held within [low, high]; its derivative passes, for rounding beyond an end must not stop a tangent there."""
-    return t.clamp(low, high).detach() + (t - t.detach())
+    inside = t.clamp(low, high)
+    return inside.detach() + (t - t.detach()) if t.requires_grad or transforms() else inside
 
 
 @dataclass(frozen=True)
@@ -438,8 +440,8 @@ class F(Kind):
 
     def x0_from(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = process.alpha_sigma(t)
-        q = torch.hypot(alpha * self.sigma_data, sigma)
-        return alpha * (self.sigma_data / q).square(), sigma * self.sigma_data / q
+        share = self.sigma_data / torch.hypot(alpha * self.sigma_data, sigma)
+        return alpha * share.square(), sigma * share
 
 
 @dataclass(frozen=True)

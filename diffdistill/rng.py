@@ -108,8 +108,10 @@ class Rng:
         # (w + 1/2) / 2^32 lies in (0, 1]: its logarithm is finite
         radius = np.sqrt(-2 * np.log((words[..., 0].astype(real) + real(0.5)) * real(2.0**-32)))
         turn = words[..., 1].astype(real) * real(2 * math.pi * 2.0**-32)
-        values = np.stack([radius * np.cos(turn), radius * np.sin(turn)], -1).reshape(len(self), 2 * pairs)
-        return self._tensor(values[:, :numel], shape, dtype)
+        values = np.empty((len(self), pairs, 2), real)
+        np.multiply(radius, np.cos(turn), out=values[..., 0])
+        np.multiply(radius, np.sin(turn), out=values[..., 1])
+        return self._tensor(values.reshape(len(self), 2 * pairs)[:, :numel], shape, dtype)
 
     def uniform(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
         """Uniform in [0, 1), [B, ...], with 24 bits in float32 and 32 in float64."""
@@ -120,8 +122,8 @@ class Rng:
 
     def integers(self, high: int, shape: tuple[int, ...]) -> Tensor:
         """Uniform integers in [0, high), int64 [B, ...]."""
-        words = self._words(self._per_sample(shape)).astype(np.uint64)
-        return self._tensor(((words * np.uint64(high)) >> np.uint64(32)).astype(np.int64), shape, torch.int64)
+        words = np.multiply(self._words(self._per_sample(shape)), np.uint64(high), dtype=np.uint64)
+        return self._tensor((words >> np.uint64(32)).view(np.int64), shape, torch.int64)
 
     def permutation(self, n: int, name: str) -> np.ndarray:
         """A permutation of range(n), read-only, that depends on the seed and `name` only (epochs of a data set)."""

@@ -32,12 +32,16 @@ def part(tensor: Tensor) -> Tensor:
 
 
 def parts(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """`part` of each."""
+    """`part` of each; where no graph is being made, what is whole is given as it is."""
     module = sys.modules.get("torch.distributed.tensor")
-    bare = [tensor.detach() if tensor.requires_grad else tensor for tensor in tensors]
-    if module is None or not any(isinstance(tensor, module.DTensor) for tensor in bare):
-        return bare
-    return [tensor.detach().to_local() if isinstance(tensor, module.DTensor) else tensor for tensor in bare]
+    sharded, graph = module.DTensor if module is not None else (), torch.is_grad_enabled()
+
+    def mine(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, sharded):
+            return tensor.detach().to_local()
+        return tensor.detach() if graph and tensor.requires_grad else tensor
+
+    return [mine(tensor) for tensor in tensors]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -93,7 +97,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         size = tensor.numel()
         if size < SMALL:
             few.append(mine.flatten())
-        elif tensor.ndim > 1 and tensor.dtype == torch.float32 and size <= LONGEST_ROW * len(tensor):
+        elif tensor.ndim > 1 and tensor.dtype == torch.float32 and size <= LONGEST_ROW * tensor.shape[0]:
             few.append(torch.linalg.vector_norm(_as_it_lies(mine).flatten(1), dim=1))
         else:
             others.append(mine)

@@ -96,11 +96,17 @@ class KarrasUniform:
         require_positive(rho=self.rho)
 
     def __call__(self, rng: Rng, process: NoiseProcess, dtype: torch.dtype) -> Tensor:
-        highest, lowest = karras(process, 1, self.rho)  # refuses processes that have no such grid
-        ends = torch.tensor([lowest, highest], dtype=torch.float64, device=rng.device)
-        low, high = process.angle(ends).tan() ** (1 / self.rho)
+        low, high = _karras_ends(process, self.rho, rng.device)
         share = self.low + (self.high - self.low) * rng.uniform((len(rng),), dtype)
         return process.time_at(torch.atan((low + (high - low) * share) ** self.rho).to(dtype))
+
+
+@functools.lru_cache(maxsize=8)
+def _karras_ends(process: NoiseProcess, rho: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The noise levels at both ends to the power 1 / rho, float64; not to be written."""
+    highest, lowest = karras(process, 1, rho)  # refuses processes that have no such grid
+    low, high = process.angle(torch.tensor([lowest, highest], dtype=torch.float64, device=device)).tan() ** (1 / rho)
+    return low, high
 
 
 def _check_share(low: float, high: float) -> None:
