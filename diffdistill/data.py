@@ -44,7 +44,8 @@ class Data(Protocol):
 
     Data of text and of latents also have, where it applies: told(network, pipeline), the data set for that network and
     of_pipeline(), that for a whole pipeline; of_classes(labels), conditions of classes; codec, between its samples and
-    what people see, or None.
+    what people see, or None.  Data that reads files at each batch says so by from_files = True: `trainer.read_ahead`.
+    Its `batch` must bear to be called by several threads at once.
     """
 
     @property

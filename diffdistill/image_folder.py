@@ -87,6 +87,11 @@ class ImageFolder:
         return frozenset({"x0"})
 
     @property
+    def from_files(self) -> bool:
+        """Whether images are decoded at each batch: those of a small folder are held."""
+        return "_pixels" not in self.__dict__
+
+    @property
     def source(self) -> Source:
         text = f"a folder of {len(self._files)} images"
         if 0 < self.num_classes <= NAMED_CLASSES:

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -57,6 +57,7 @@ class Latents:
     device: torch.device | str = "cpu"
     name: str = field(default="latents", init=False)
     provides: frozenset[str] = field(default=frozenset({"x0"}), init=False)
+    from_files: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         refuse_url("data.path", self.path)

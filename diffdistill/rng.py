@@ -80,15 +80,15 @@ class Rng:
 
     def fork(self, name: str) -> Rng:
         """An independent stream with the same samples, starting at draw 0."""
-        fork = Rng(self.seed, self.step, f"{self.phase}/{name}", self.ids, self.device)
-        fork._runs = self._runs
-        return fork
+        return self._again(self.step, f"{self.phase}/{name}", self.device)
 
     def on(self, device: torch.device | str) -> Rng:
         """The same stream from its first draw, its numbers on another device."""
-        moved = Rng(self.seed, self.step, self.phase, self.ids, device)
-        moved._runs = self._runs
-        return moved
+        return self._again(self.step, self.phase, device)
+
+    def at(self, step: int) -> Rng:
+        """The stream of another step, from its first draw."""
+        return self._again(step, self.phase, self.device)
 
     def shared(self) -> Rng:
         """A stream with one value per draw that is equal on every rank and in every micro-batch.
@@ -152,6 +152,11 @@ class Rng:
         with torch.random.fork_rng(devices, device_type="cuda" if self.device.type == "cpu" else self.device.type):
             self.seed_torch()
             yield
+
+    def _again(self, step: int, phase: str, device: torch.device | str) -> Rng:
+        other = Rng(self.seed, step, phase, self.ids, device)
+        other._runs = self._runs
+        return other
 
     def _per_sample(self, shape: tuple[int, ...]) -> int:
         if shape[0] != len(self):

@@ -24,6 +24,7 @@ from diffdistill.finite import DATA, culprit
 from diffdistill.memory import PeakBytes, optimizer_tensors
 from diffdistill.networks.ema import Rate
 from diffdistill.networks.roles import Networks
+from diffdistill.read_ahead import reading_ahead
 from diffdistill.rng import Rng
 from diffdistill.shards import norm, norm_in_float64, parts, whole
 from diffdistill.training_state import TrainingState
@@ -102,7 +103,8 @@ class Trainer:
     micro-batches per step.  optimizer, lr, clip: by role name, `default` for the others; clip is the largest gradient
     norm, null is none.  ema: role -> rate of its evaluation average.  log_every, checkpoint_every: in steps, 0 is only
     at the end.  keep: newest checkpoints that stay, beside the best evaluated one.  cpu_seconds: training ends before
-    the step that could pass this many, with those of what the teacher made; None is no limit.
+    the step that could pass this many, with those of what the teacher made; None is no limit.  read_ahead: steps whose
+    batches are read, where they come from files, while an earlier one is trained on; 0 is none.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Trainer:
         clip: Mapping[str, float | None],
         ema: Mapping[str, Rate],
         cpu_seconds: float | None = None,
+        read_ahead: int = 2,
     ) -> None:
         for key, value, least in (
             ("steps", steps, 1),
@@ -127,6 +130,7 @@ class Trainer:
             ("log_every", log_every, 1),
             ("checkpoint_every", checkpoint_every, 0),
             ("keep", keep, 1),
+            ("read_ahead", read_ahead, 0),
         ):
             if value < least:
                 raise UserError(key, f"must be >= {least}", value, "Raise it.")
@@ -135,7 +139,7 @@ class Trainer:
                 raise UserError(f"clip.{role}", "must be > 0, or null for none", limit, "The paper uses 10.")
         if cpu_seconds is not None and not 0 < cpu_seconds < float("inf"):
             raise UserError("cpu_seconds", "must be > 0, or null for no limit", cpu_seconds, "Raise it.")
-        self.cpu_seconds = cpu_seconds
+        self.cpu_seconds, self.read_ahead = cpu_seconds, read_ahead
         self.steps, self.batch_size, self.accumulate, self.seed = steps, batch_size, accumulate, seed
         self.log_every, self.checkpoint_every, self.keep = log_every, checkpoint_every, keep
         self.optimizer, self.lr, self.clip, self.ema = optimizer, lr, clip, ema
@@ -157,6 +161,19 @@ class Trainer:
 
         evaluate_every: in steps, 0 is never.
         """
+        with reading_ahead(data, self.read_ahead, self.steps - 1) as read:
+            self._loop(state, read, needs, accelerator, progress, evaluate_every)
+        state.networks.train_only(())
+
+    def _loop(
+        self,
+        state: TrainingState,
+        data: Data,
+        needs: frozenset[str],
+        accelerator: Accelerator,
+        progress: Progress,
+        evaluate_every: int,
+    ) -> None:
         measured = self.measured(state.distiller)
         while not self.ended(state):
             progress.before(state.step + 1)
@@ -174,7 +191,6 @@ class Trainer:
                 progress.save(state.step)
             if stopping:
                 break
-        state.networks.train_only(())
 
     def advance(
         self, state: TrainingState, data: Data, needs: frozenset[str], accelerator: Accelerator, measured: bool = False
@@ -210,8 +226,10 @@ class Trainer:
         their turn at other steps. counter: entered around the phases.
         """
         step, networks = state.step, state.networks
+        started = time.perf_counter()
         with during("data"):
             batches = ranks.together(lambda: self.batches(data, needs, networks, step))
+        waited = time.perf_counter() - started
         for phase in state.distiller.phases(step):
             with during(f"phase {phase.name}"), counter:
                 losses, norms = self.update(phase, batches, step, networks, state.optimizers, accelerator)
@@ -226,6 +244,7 @@ class Trainer:
         self._transit(state.distiller.after_step(step), state)
         if logged:
             figures |= {f"lr/{role}": o.param_groups[0]["lr"] for role, o in state.optimizers.items()}
+            figures["time/data_seconds"] = waited
         return figures
 
     def measured(self, distiller: Distiller) -> int:

@@ -86,6 +86,7 @@ RANGES: dict[str, tuple[str, ...]] = {
     "log_every": COUNT,
     "checkpoint_every": FROM_ZERO,
     "keep": FROM_ZERO,
+    "read_ahead": FROM_ZERO,
     "cpu_seconds": POSITIVE,
     "Watchdog.seconds": ("-1.0", "inf"),
     "exit_status": ("0", "256"),
