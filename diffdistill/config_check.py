@@ -25,6 +25,8 @@ from .config_types import (
     fixed_length,
     form,
     item_hint,
+    lacking,
+    methods,
     parameters,
     show,
     takes_node,
@@ -68,6 +70,9 @@ def check_kind(node: Mapping[str, Any] | None, kinds: Sequence[type], key: str) 
     target = locate(node["_target_"], dot(key, "_target_"))
     if node.get("_partial_", False) or not any(takes_node(kind, target, partial=False) for kind in kinds):
         given = f"a node with _target_ {node['_target_']}"
+        few = lacking(kinds[0], target) if isinstance(target, type) else []
+        if 0 < len(few) < len(methods(kinds[0])):  # of that kind by intention
+            given += f", which has no {', no '.join(few)}"
         raise UserError(key, f"must be {describe(kinds[0])}", given, example(kinds[0], key))
 
 

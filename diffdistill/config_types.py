@@ -84,9 +84,18 @@ def takes_node(arm: Any, target: Any, partial: bool) -> bool:
     if partial or wanted is abc.Callable or not inspect.isclass(target):
         return True
     if getattr(wanted, "_is_protocol", False):
-        methods = (name for name, member in vars(wanted).items() if inspect.isfunction(member) and name[0] != "_")
-        return all(hasattr(target, name) for name in methods)
+        return not lacking(wanted, target)
     return issubclass(target, wanted)
+
+
+def methods(protocol: type) -> list[str]:
+    """Names of the methods that a protocol asks for."""
+    return [name for name, member in vars(protocol).items() if inspect.isfunction(member) and name[0] != "_"]
+
+
+def lacking(protocol: type, target: type) -> list[str]:
+    """Those of them that a class does not have."""
+    return [name for name in methods(protocol) if not hasattr(target, name)]
 
 
 def fits_call(arm: Any, target: Any, partial: bool, keywords: Iterable[str]) -> bool:

@@ -28,7 +28,10 @@ from config_keys import Key, Outcome, command_lines, keys, run
 from diffdistill import config_files
 from diffdistill.config import override
 
-VERBS = {"train": 74, "sample": 8, "evaluate": 6, "export": 5, "doctor": 2, "bench step": 5, "bench attention": 3}
+VERBS = {
+    "train": 74, "sample": 8, "evaluate": 6, "export": 5, "doctor": 2, "bench step": 5, "bench attention": 3,
+    "bench pipeline": 4,
+}  # fmt: skip
 SECONDS = 120  # of one line, many times what any needs
 # Real sampling stays cheap: what a line begins with; bench would run for long, so it always has a mistake.
 BASE = {
@@ -39,6 +42,7 @@ BASE = {
     "doctor": (),
     "bench step": ("pairs=1",),
     "bench attention": ("repeats=1",),
+    "bench pipeline": ("pairs=1", "pipeline=FINISHED/pipeline"),
 }
 # not mutated in their verbs
 HELD = ("dry_run", "num", "num_samples", "replicates", "metrics", "pairs", "repeats", "batch_size")

@@ -93,3 +93,21 @@ def test_a_mistake_in_it_is_told_as_in_the_packages_own(capsys: pytest.CaptureFi
     assert "num_steps must lie in 1..10000, got 0." in capsys.readouterr().err
     assert main([*RUN, "distiller.num_steps=1.5", "dry_run=true", "run_dir=none"]) == 2
     assert "distiller.num_steps must be an integer, got 1.5." in capsys.readouterr().err
+
+
+def test_what_data_of_ones_own_lacks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half_data.py").write_text(
+        "class Half:\n"
+        "    def __init__(self, num_modes, radius, std, unconditional): ...\n"
+        "    name, shape, provides, num_classes = 'half', (2,), frozenset({'x0'}), 8\n"
+        "    def batch(self, rng, global_batch, needs, dtype): ...\n"
+        "    def reference(self): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(OWN_PACKAGES, "half_data")
+    words = ["experiment=gmm2d_kd", "data._target_=half_data.Half", "dry_run=true", "run_dir=none"]
+    assert main(["train", *words]) == 2
+    told = capsys.readouterr().err
+    assert "got a node with _target_ half_data.Half, which has no conditions, no features." in told, told
