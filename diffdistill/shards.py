@@ -98,7 +98,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
         if size < SMALL:
             few.append(mine.flatten())
         elif tensor.ndim > 1 and tensor.dtype == torch.float32 and size <= LONGEST_ROW * tensor.shape[0]:
-            few.append(torch.linalg.vector_norm(_as_it_lies(mine).flatten(1), dim=1))
+            matrix = mine if mine.ndim == 2 else _as_it_lies(mine).flatten(1)
+            few.append(torch.linalg.vector_norm(matrix, dim=1))
         else:
             others.append(mine)
     squares = [torch.linalg.vector_norm(torch.cat(few), dtype=torch.float64).square()] if few else []

@@ -77,9 +77,9 @@ class Made:
 
     def batch(self, rng: Rng, global_batch: int, needs: frozenset[str], dtype: torch.dtype) -> Batch:
         """As the data's, which are drawn on the CPU, with those that are needed."""
-        drawn = self.data.batch(rng.on("cpu"), global_batch, needs, dtype)
         if rng.device.type == "cpu" and not needs & {"pair", "trajectory"}:
-            return drawn
+            return self.data.batch(rng, global_batch, needs, dtype)
+        drawn = self.data.batch(rng.on("cpu"), global_batch, needs, dtype)
         cond = {name: value.to(rng.device) for name, value in drawn.cond.items()}
         batch = replace(drawn, cond=cond, x0=None if drawn.x0 is None else drawn.x0.to(rng.device))
         x = torch.zeros(batch.shape, dtype=dtype, device=rng.device)
