@@ -113,7 +113,8 @@ def jvp(
     _load_forward_rules()
     mended = _ContiguousGroupNorm() if _MENDED else contextlib.nullcontext()
     token = _targets.set(graph)
-    taken, rules = (torch.func.jvp, contextlib.nullcontext()) if transforms() else (_by_duals, Rules())
+    alone = hasattr(eager_transforms, "JVP_NESTING") and not transforms()
+    taken, rules = (_by_duals, Rules()) if alone else (torch.func.jvp, contextlib.nullcontext())
     try:
         with torch.set_grad_enabled(graph), sdpa_kernel(SDPBackend.MATH), mended, rules:
             value, tangent = taken(function, primals, tangents)[:2]
@@ -126,7 +127,10 @@ def _by_duals(
     function: Callable[..., Any], primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
 ) -> tuple[Any, Any]:
     """As `torch.func.jvp`, where no other transform is under way: tensors that carry their tangents, without the
-    wrappers by which torch.func tells levels apart, which cost every small operation more than it takes."""
+    wrappers by which torch.func tells levels apart, which cost every small operation more than it takes.
+
+    Its count of levels is not public: where a torch has none, `jvp` is torch.func's.
+    """
     token = _duals.set(True)
     eager_transforms.JVP_NESTING += 1  # a torch.func.jvp inside finds itself nested, which it is
     try:

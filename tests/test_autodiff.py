@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffdistill import UserError
+from diffdistill import UserError, autodiff
 from diffdistill.autodiff import CentralDifference, Exact, jvp, moves, transforms
 
 
@@ -139,3 +139,11 @@ def test_after_a_failure_derivatives_are_taken_as_before() -> None:
     assert transforms() == ()
     assert torch.equal(jvp(torch.square, (x,), (x,))[1], 2 * x)
     assert torch.equal(torch.func.jvp(torch.square, (x,), (x,))[1], 2 * x)
+
+
+def test_a_torch_without_a_count_of_levels_is_left_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = nn.Linear(3, 2), torch.randn(4, 3)
+    wanted = jvp(linear, (x,), (x.flip(0),))
+    monkeypatch.setattr(autodiff, "eager_transforms", object())
+    for one, other in zip(jvp(linear, (x,), (x.flip(0),)), wanted, strict=True):
+        torch.testing.assert_close(one, other)
