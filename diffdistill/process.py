@@ -440,8 +440,8 @@ class F(Kind):
 
     def x0_from(self, process: NoiseProcess, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = process.alpha_sigma(t)
-        share = self.sigma_data / torch.hypot(alpha * self.sigma_data, sigma)
-        return alpha * share.square(), sigma * share
+        q = torch.hypot(alpha * self.sigma_data, sigma)
+        return alpha * (self.sigma_data / q).square(), sigma * self.sigma_data / q
 
 
 @dataclass(frozen=True)
