@@ -64,7 +64,9 @@ def compile_network(network: nn.Module, compile: Compile) -> None:
     """
     import torch._dynamo  # takes most of a second
 
-    torch._dynamo.config.recompile_limit = max(FORMS, torch._dynamo.config.recompile_limit)
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # as torch 2.6 calls it
+    setattr(config, limit, max(FORMS, getattr(config, limit)))
     network.compile(**options(compile))
     compiled, eager = network._compiled_call_impl, network._call_impl
     assert compiled is not None
