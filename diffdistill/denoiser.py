@@ -258,9 +258,10 @@ class _Match:
         self._last: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        moved = bool(transforms()) and moves(t)
+        inside = bool(transforms())
+        moved = inside and moves(t)
         # what is made under a derivative of something else, or for inference, is of no use outside; nor is a graph
-        if t.requires_grad or t.is_inference() or torch.is_inference_mode_enabled() or (transforms() and not moved):
+        if t.requires_grad or t.is_inference() or torch.is_inference_mode_enabled() or (inside and not moved):
             return self.process.match(self.source, t)
         version = 0 if moved else t._version
         if self._last is None or self._last[0] is not t or self._last[1] != version:

@@ -161,36 +161,25 @@ class Trainer:
 
         evaluate_every: in steps, 0 is never.
         """
-        with reading_ahead(data, self.read_ahead, self.steps - 1) as read:
-            self._loop(state, read, needs, accelerator, progress, evaluate_every)
-        state.networks.train_only(())
-
-    def _loop(
-        self,
-        state: TrainingState,
-        data: Data,
-        needs: frozenset[str],
-        accelerator: Accelerator,
-        progress: Progress,
-        evaluate_every: int,
-    ) -> None:
         measured = self.measured(state.distiller)
-        while not self.ended(state):
-            progress.before(state.step + 1)
-            figures = self.advance(state, data, needs, accelerator, measured=state.step == measured)
-            ended = self.ended(state)
-            if state.step % self.log_every == 0:
-                progress.log(state.step, figures)
-            progress.after(state.step)
-            evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and not ended
-            if evaluated:
-                progress.evaluate(state.step)
-            stopping = ranks.any_of(progress.stop())
-            due = bool(self.checkpoint_every) and state.step % self.checkpoint_every == 0
-            if ended or due or evaluated or stopping:
-                progress.save(state.step)
-            if stopping:
-                break
+        with reading_ahead(data, self.read_ahead, self.steps - 1) as read:
+            while not self.ended(state):
+                progress.before(state.step + 1)
+                figures = self.advance(state, read, needs, accelerator, measured=state.step == measured)
+                ended = self.ended(state)
+                if state.step % self.log_every == 0:
+                    progress.log(state.step, figures)
+                progress.after(state.step)
+                evaluated = bool(evaluate_every) and state.step % evaluate_every == 0 and not ended
+                if evaluated:
+                    progress.evaluate(state.step)
+                stopping = ranks.any_of(progress.stop())
+                due = bool(self.checkpoint_every) and state.step % self.checkpoint_every == 0
+                if ended or due or evaluated or stopping:
+                    progress.save(state.step)
+                if stopping:
+                    break
+        state.networks.train_only(())
 
     def advance(
         self, state: TrainingState, data: Data, needs: frozenset[str], accelerator: Accelerator, measured: bool = False
