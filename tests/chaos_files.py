@@ -231,6 +231,7 @@ def read_only(num: int, seed: int, place: Path) -> Row:
         time.sleep(draws.uniform(0.0, 0.3))
         if not _sealed(saves):
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
             row.skipped = "mounting a file system is not permitted here"
             return row
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -243,15 +244,31 @@ def read_only(num: int, seed: int, place: Path) -> Row:
 
 
 def _sealed(folder: Path) -> bool:
-    """Mount a folder over itself, read-only."""
-    words = (["mount", "--bind", str(folder), str(folder)], ["mount", "-o", "remount,bind,ro", str(folder)])
+    """Mount a folder over itself, read-only; nothing stays mounted where that is refused.
+
+    It is made read-only aside and put over the folder in one call: remounted in its place it would be refused
+    (EBUSY) whenever the run has a file of it open for writing, and would stay there writable.
+    """
+    aside = folder.with_name(f"{folder.name}-sealed")
+    aside.mkdir()
+    try:
+        if not _run("mount", "--bind", str(folder), str(aside)):
+            return False
+        try:
+            return _run("mount", "-o", "remount,bind,ro", str(aside)) and _run(
+                "mount", "--bind", str(aside), str(folder)
+            )
+        finally:
+            subprocess.run(["umount", "-l", str(aside)], check=True)
+    finally:
+        aside.rmdir()
+
+
+def _run(*words: str) -> bool:
     with contextlib.suppress(FileNotFoundError):
-        return all(subprocess.run(word, check=False, capture_output=True).returncode == 0 for word in words)
+        return subprocess.run(words, check=False, capture_output=True).returncode == 0
     return False
 
 
 def _mounted(place: Path, options: str) -> bool:
-    words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
-    with contextlib.suppress(FileNotFoundError):
-        return subprocess.run(words, check=False, capture_output=True).returncode == 0
-    return False
+    return _run("mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 import chaos
+import chaos_files
 import pytest
 from chaos_kills import Row
 
@@ -40,6 +44,31 @@ def test_every_other_fault_is_borne_or_told() -> None:
         assert row["equal"] in ("yes", ""), row[0]
         assert not row["lost"] or int(row["lost"].split(", ")[1]) <= 10, row[0]
     assert rows["SIGTERM at random moments"]["lost"] == "0.0, 0"
+
+
+def test_a_folder_is_sealed_though_a_file_of_it_is_opened_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, opened, original = tmp_path / "saves", list[IO[bytes]](), subprocess.run
+    folder.mkdir()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        done = original(*args, **kwargs)
+        with contextlib.suppress(OSError):
+            opened.append((folder / "being written").open("wb"))
+        return done
+
+    monkeypatch.setattr(subprocess, "run", run)
+    sealed = chaos_files._sealed(folder)
+    if sealed:
+        with pytest.raises(OSError, match="Read-only"):
+            (folder / "later").write_bytes(b"")
+        original(["umount", "-l", str(folder)], check=True)
+    for file in opened:
+        file.close()
+    shutil.rmtree(tmp_path)  # busy while anything is mounted there, permitted or not
+    if not sealed:
+        pytest.skip("mounting a file system is not permitted here")
 
 
 def test_the_table_tells_what_is_bad_and_what_was_not_run(tmp_path: Path) -> None:
