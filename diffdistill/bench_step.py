@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +17,13 @@ from diffdistill.bench_passes import Made, Recorder, answered
 from diffdistill.bench_plain import PlainLoop, why_not
 from diffdistill.compiling import Compile
 from diffdistill.config import build
-from diffdistill.distillers.base import Phase
+from diffdistill.distillers.base import Loss, Phase
 from diffdistill.memory import held, keep_freed
 from diffdistill.recipe import Recipe, assemble
 from diffdistill.stand_in import Made as WithMade
 from diffdistill.trainer import Trainer
 
-UPDATES, ARITHMETIC = "updates: clip, optimizer, averages", "data, noise and loss arithmetic"
+UPDATES, ARITHMETIC = "updates: norms, clip, optimizer, averages", "data, noise and loss arithmetic"
 HORIZON = 40  # steps within which phases are looked at
 
 
@@ -72,6 +73,16 @@ class Part:
         }
 
 
+@dataclass(frozen=True)
+class Update:
+    """What a phase came to before its roles were stepped. norms: of their gradients."""
+
+    phase: Phase
+    step: int
+    losses: list[Loss]
+    norms: dict[str, torch.Tensor]
+
+
 class Bench:
     """The trainer's own steps on a recipe, over one cycle of its phases, and each of their parts alone.
 
@@ -91,7 +102,7 @@ class Bench:
             self.networks.compile(compiled)
         self.length = period(self.distiller.phases)
         self.cycle()  # optimizers take their state, kernels are chosen, compilers compile
-        self.passes = self._recorded()
+        self.passes, self.updates = self._recorded()
         self.parts = self._parts()
 
     # -- what is timed ----------------------------------------------------------------------------------------
@@ -146,23 +157,21 @@ class Bench:
         part.backward.append(ended - forward)
 
     def _updates(self) -> float:
-        """Clipping, optimizers and averages of a cycle, as torch does them."""
+        """What the trainer does with the gradients of a cycle: norms, clipping, optimizers and averages.
+
+        Gradients are as long as those of the steps themselves, so that the same ones are clipped.
+        """
         total = 0.0
-        for step in range(self.length):
-            for phase in self.distiller.phases(step):
-                self.networks.train_only(phase.trains)
-                weights = {role: self.networks.weights(role) for role in phase.trains}
-                for weight in (weight for owned in weights.values() for weight in owned):
-                    weight.grad = torch.ones_like(weight)  # zeros have no memory yet
-                started = self.clock.now()
-                for role, owned in weights.items():
-                    limit = self.trainer.clip.get(role, self.trainer.clip.get("default"))
-                    if limit is not None:
-                        torch.nn.utils.clip_grad_norm_(owned, limit)
-                    self.state.optimizers[role].step()
-                self.networks.update_ema(phase.trains)
-                total += self.clock.now() - started
-                self.networks.zero_grad()
+        for made in self.updates:
+            self.networks.train_only(made.phase.trains)
+            for role, norm in made.norms.items():
+                weights = self.networks.weights(role)
+                each = float(norm) / math.sqrt(sum(weight.numel() for weight in weights))
+                for weight in weights:
+                    weight.grad = torch.full_like(weight, each)
+            started = self.clock.now()
+            self.trainer.apply(made.phase, (), made.losses, made.step, self.networks, self.state.optimizers)
+            total += self.clock.now() - started
         return total
 
     def _arithmetic(self) -> float:
@@ -195,14 +204,15 @@ class Bench:
     def _batches(self, step: int) -> Any:
         return self.trainer.batches(self.recipe.data, self.recipe.needs, self.networks, step)
 
-    def _recorded(self) -> list[Made]:
-        recorder, optimizers = Recorder(), self.state.optimizers
+    def _recorded(self) -> tuple[list[Made], list[Update]]:
+        recorder, updates, optimizers = Recorder(), list[Update](), self.state.optimizers
         for step in range(self.length):
             batches = self._batches(step)
             for phase in self.distiller.phases(step):
                 with recorder.during(replace(phase)):  # one for each step, whose gradients begin anew
-                    self.trainer.update(phase, batches, step, self.networks, optimizers, self.accelerator)
-        return recorder.passes
+                    found = self.trainer.update(phase, batches, step, self.networks, optimizers, self.accelerator)
+                updates.append(Update(phase, step, *found))
+        return recorder.passes, updates
 
     def _parts(self) -> dict[str, Part]:
         parts: dict[str, Part] = {}

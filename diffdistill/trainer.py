@@ -268,10 +268,7 @@ class Trainer:
         optimizers: Mapping[str, torch.optim.Optimizer],
         accelerator: Accelerator,
     ) -> tuple[list[Loss], dict[str, Tensor]]:
-        """One phase: phases outside, micro-batches inside, one optimizer step for each role it trains.
-
-        Whether all is finite is asked once, before anything is stepped: the one place where a phase waits for a device.
-        """
+        """One phase: phases outside, micro-batches inside, one optimizer step for each role it trains."""
         networks.train_only(phase.trains)
         losses = []
         for index, batch in enumerate(batches):
@@ -283,6 +280,21 @@ class Trainer:
             accelerator.backward(loss.total if len(batches) == 1 else loss.total / len(batches))
             losses.append(Loss(_detached(loss.terms), _detached(loss.stats)))
         networks.settle(phase.trains)
+        return losses, self.apply(phase, batches, losses, step, networks, optimizers)
+
+    def apply(
+        self,
+        phase: Phase,
+        batches: Sequence[Batch],
+        losses: Sequence[Loss],
+        step: int,
+        networks: Networks,
+        optimizers: Mapping[str, torch.optim.Optimizer],
+    ) -> dict[str, Tensor]:
+        """Step the roles of a phase by their gradients, which are then none, and renew averages. Returns their norms.
+
+        Whether all is finite is asked once, before anything is stepped: the one place where a phase waits for a device.
+        """
         norms = {role: norm(_gradients(networks, role)) for role in phase.trains}
         known = _numbers(losses, norms)
         if not all(map(math.isfinite, known)):
@@ -293,7 +305,7 @@ class Trainer:
             self.step(role, step, networks, optimizers[role], total, number)
         networks.update_ema(phase.trains)
         networks.zero_grad()
-        return losses, norms
+        return norms
 
     def step(
         self, role: str, step: int, networks: Networks, optimizer: torch.optim.Optimizer, total: Tensor, number: float
