@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,6 +137,26 @@ def test_a_pass_adds_its_gradients_to_those_of_the_passes_before_it_in_its_phase
     bench.round()
     assert list(there.values()) == [[False, True, True, True, True]] * bench.length
     assert all(weight.grad is None for weight in bench.networks.weights("fake_score"))
+
+
+def test_updates_alone_step_every_role_by_gradients_as_long_as_those_of_the_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ready = benched("dmd2")
+    assert {role for made in ready.updates for role in made.norms} == set(ready.state.optimizers)
+    found = []
+
+    def apply(*args: Any) -> dict[str, torch.Tensor]:
+        found.append(original(*args))
+        return found[-1]
+
+    original = ready.trainer.apply
+    monkeypatch.setattr(ready.trainer, "apply", apply)
+    assert ready._updates() > 0
+    for norms, made in zip(found, ready.updates, strict=True):
+        assert norms.keys() == made.norms.keys()
+        for role, norm in norms.items():
+            torch.testing.assert_close(norm, made.norms[role])
 
 
 def test_a_period_is_found() -> None:
